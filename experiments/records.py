@@ -1,0 +1,60 @@
+"""Records: what a finished run leaves behind. A run is finished when its record exists."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RECORD = "record.json"
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Write a record atomically; NaN and Inf become null, which JSON has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(_finite(record), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, folder / RECORD)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return folder / RECORD
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished run, None where there is none.
+
+    Raises:
+        ValueError: if the record is not JSON.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, or run with force=true"
+        ) from error
+
+
+def load_records(root: Path) -> list[dict[str, Any]]:
+    """All records below a folder of runs, in the order of their names."""
+    folders = sorted(path.parent for path in root.glob(f"*/{RECORD}"))
+    return [read_record(folder) for folder in folders]
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value

@@ -1,0 +1,33 @@
+"""Shrink the memory of trained networks with codebooks, and run them packed.
+
+>>> import jlcm
+>>> packed = jlcm.compress(model, alpha=7.5)           # doctest: +SKIP
+>>> jlcm.save(packed, "model.safetensors")             # doctest: +SKIP
+>>> jlcm.footprint("model.safetensors").alpha_total    # doctest: +SKIP
+"""
+
+from jlcm.torchvision_compat import declare_missing_operators
+
+declare_missing_operators()  # before anything imports torchvision
+
+from jlcm.architecture import Architecture  # noqa: E402
+from jlcm.checkpoint import CheckpointError, load, save  # noqa: E402
+from jlcm.compress import compress  # noqa: E402
+from jlcm.config import Encoding, Init  # noqa: E402
+from jlcm.footprint import Footprint, footprint, resident_bytes  # noqa: E402
+from jlcm.select import linear_and_convolution, with_embeddings  # noqa: E402
+
+__all__ = [
+    "Architecture",
+    "CheckpointError",
+    "Encoding",
+    "Footprint",
+    "Init",
+    "compress",
+    "footprint",
+    "linear_and_convolution",
+    "load",
+    "resident_bytes",
+    "save",
+    "with_embeddings",
+]

@@ -1,0 +1,171 @@
+"""From the one hyper-parameter alpha to bits and bytes of every tensor (Eq. 3).
+
+Sizes are in bytes of the packed file. Eq. 3 counts codebooks exactly for several codebooks but leaves the one
+codebook out for several scales; here everything that is stored is counted. Because small tensors cannot pay for
+even one codebook from their own share, the budget is pooled over the model: each tensor gets what it cannot do
+without, and the rest is shared in proportion to the number of weights.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from jlcm.config import Encoding, Invalid
+from jlcm.packed import tile_grid
+from jlcm.packing import packed_bytes
+
+HALF = 2  # bytes of a float16
+MAX_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What one tensor may spend.
+
+    Attributes:
+        rows: n_o, output neurons.
+        columns: n_i, weights of a row.
+        bits: width of a code; a codebook has 2**bits codewords.
+        nbytes: for codes, codebooks, scales and a stored order together.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    nbytes: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
+    def spare(self) -> int:
+        """Bytes left for codebooks, scales and a stored order once the codes are paid."""
+        return self.nbytes - packed_bytes(self.count, self.bits)
+
+
+def code_bits(alpha: float) -> int:
+    """Bits of a code: K = 2**floor(16 / alpha), at most 8 bits."""
+    return min(math.floor(16 / alpha), MAX_BITS)
+
+
+def codebook_bytes(bits: int) -> int:
+    """Bytes of one codebook of 2**bits float16 codewords."""
+    return HALF * 2**bits
+
+
+def groups_for(
+    kind: str, spare: int, allocation: Allocation, tile: tuple[int, int]
+) -> tuple[int, int]:
+    """How many codebooks and scales `spare` bytes buy.
+
+    Args:
+        kind: an encoding other than auto.
+        spare: bytes left after codes and, if there is one, the stored order.
+        allocation: the tensor's sizes and bits.
+        tile: of encoding tiles.
+
+    Returns:
+        (codebooks, scales). At least one codebook and, for multi_scale, one scale.
+    """
+    book = codebook_bytes(allocation.bits)
+    match kind:
+        case "multi_scale":
+            return 1, min(max((spare - book) // HALF, 1), allocation.count)
+        case "multi_codebook":
+            return min(max(spare // book, 1), allocation.count), 0
+        case "per_row":
+            return allocation.rows, 0
+        case "tiles":
+            down, across = tile_grid(allocation.rows, allocation.columns, tile)
+            return down * across, 0
+    raise ValueError(f"no group counts for encoding {kind!r}")
+
+
+def least_bytes(kind: str, allocation: Allocation, tile: tuple[int, int]) -> int:
+    """The least a tensor can be packed into at its bits."""
+    candidates = ("multi_scale", "multi_codebook") if kind == "auto" else (kind,)
+    codes = packed_bytes(allocation.count, allocation.bits)
+    counts = [groups_for(k, 0, allocation, tile) for k in candidates]
+    return codes + max(c * codebook_bytes(allocation.bits) + s * HALF for c, s in counts)
+
+
+def allocate(
+    shapes: dict[str, tuple[int, int]], alpha: float, encoding: Encoding
+) -> dict[str, Allocation]:
+    """Share the bytes that `alpha` leaves.
+
+    Args:
+        shapes: (n_o, n_i) of every tensor, by name, in the order of the model.
+        alpha: goal, fp16 bytes of these tensors over their packed bytes.
+        encoding: kind, tile and budget rule.
+
+    Returns:
+        An allocation per tensor. With the pooled budget their bytes together are at most the goal's.
+        Where the codes at floor(16 / alpha) bits and one codebook each do not fit (16 / alpha an
+        integer, or very small tensors), some tensors get fewer bits: as few tensors, and as small
+        ones, as suffice, the first and the last tensor only when no other is left.
+
+    Raises:
+        Invalid: if no allocation reaches alpha; the message names the largest that is reached.
+    """
+    bits = code_bits(alpha)
+    plans = {
+        n: _sensible(Allocation(rows=r, columns=c, bits=bits), encoding)
+        for n, (r, c) in shapes.items()
+    }
+    if encoding.budget == "per_layer":
+        return {n: replace(p, nbytes=_printed_rule(p, alpha, encoding)) for n, p in plans.items()}
+    total = sum(p.count for p in plans.values())
+    budget = math.floor(16 * total / (8 * alpha))
+    _demote_until_fits(plans, budget, alpha, encoding)
+    least = {n: least_bytes(encoding.kind, p, encoding.tile) for n, p in plans.items()}
+    rest = budget - sum(least.values())
+    return {n: replace(p, nbytes=least[n] + rest * p.count // total) for n, p in plans.items()}
+
+
+def _sensible(plan: Allocation, encoding: Encoding) -> Allocation:
+    """Fewer bits for a tensor so small that its codebook outweighs its weights."""
+    while plan.bits > 1 and least_bytes(encoding.kind, plan, encoding.tile) >= HALF * plan.count:
+        plan = replace(plan, bits=plan.bits - 1)
+    return plan
+
+
+def _printed_rule(plan: Allocation, alpha: float, encoding: Encoding) -> int:
+    """Bytes that Eq. 3 as printed gives one tensor: the multi-scale count ignores the codebook."""
+    spare_bits = (16 - alpha * plan.bits) * plan.count / alpha
+    spare = max(math.floor(spare_bits / 8), 0)
+    if encoding.kind in ("multi_scale", "auto"):
+        spare += codebook_bytes(plan.bits)
+    least = least_bytes(encoding.kind, plan, encoding.tile)
+    return max(packed_bytes(plan.count, plan.bits) + spare, least)
+
+
+def _demote_until_fits(
+    plans: dict[str, Allocation], budget: int, alpha: float, encoding: Encoding
+) -> None:
+    def least(plan: Allocation) -> int:
+        return least_bytes(encoding.kind, plan, encoding.tile)
+
+    def saving(name: str) -> int:
+        return least(plans[name]) - least(replace(plans[name], bits=plans[name].bits - 1))
+
+    names = list(plans)
+    inner, outer = names[1:-1], list(dict.fromkeys((names[0], names[-1])))
+    while (missing := sum(least(p) for p in plans.values()) - budget) > 0:
+        # Take a bit from tensors that still have the most, so that none falls far behind.
+        for pool in (inner, outer):
+            candidates = [n for n in pool if plans[n].bits > 1]
+            if candidates:
+                break
+        else:
+            reached = 2 * sum(p.count for p in plans.values()) / (budget + missing)
+            raise Invalid(
+                f"alpha={alpha:g} cannot be reached with encoding={encoding.kind}: even one-bit codes "
+                f"with the codebooks that it needs reach {math.floor(1000 * reached) / 1000:g}"
+            )
+        most = max(plans[n].bits for n in candidates)
+        candidates = [n for n in candidates if plans[n].bits == most]
+        enough = [n for n in candidates if saving(n) >= missing]
+        chosen = min(enough, key=saving) if enough else max(candidates, key=saving)
+        plans[chosen] = replace(plans[chosen], bits=plans[chosen].bits - 1)

@@ -1,0 +1,269 @@
+"""One safetensors file per compressed network (`docs/format.md` describes it byte by byte)."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jlcm.architecture import Architecture
+from jlcm.compress import Compression
+from jlcm.layers import HalfTensor, Stored, is_static_norm, store, store_norm, stored_tensors
+from jlcm.packed import PackedWeight
+
+FORMAT_VERSION = 1
+#: Suffixes of the parts of a packed weight.
+PARTS = ("codes", "codebooks", "scales", "order")
+
+
+class CheckpointError(ValueError):
+    """A packed file cannot be read: it names the file, the cause and the way out."""
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike, *, architecture: Architecture | None = None
+) -> Path:
+    """Write a compressed model to one file, atomically.
+
+    Args:
+        model: returned by `jlcm.compress`.
+        path: usually *.safetensors; its folder is made if needed.
+        architecture: how `jlcm.load` rebuilds the network. Without it, `jlcm.load` must be given a
+            network of the same architecture.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if the model is not compressed.
+        OSError: if the disk has no room; nothing is left half-written.
+    """
+    path = Path(path)
+    if not isinstance(getattr(model, "compression", None), Compression):
+        raise ValueError("only a model that jlcm.compress returned can be saved")
+    tensors, metadata = _serialise(model, architecture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**16
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(
+            f"no room for {path}: {needed} bytes are needed, {free} are free; "
+            "free some space or choose another folder"
+        )
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files private
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Load a compressed network without its original weights.
+
+    The file is mapped, not read: on the CPU the codes stay in the page cache until they are used.
+
+    Args:
+        path: written by `jlcm.save`.
+        model: a network of the same architecture (any weights, meta device welcome), used up;
+            needed only if the file names no architecture.
+        device: where the network runs.
+        dtype: floating dtype of the computation; None for that of the saved network.
+        verify: check the file's blake2b, which reads it once.
+
+    Returns:
+        The network, packed, in evaluation mode.
+
+    Raises:
+        CheckpointError: file missing, truncated, tampered with, of another format version, or not
+            fitting the architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            header = _read_header(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not a packed file ({error})") from error
+    if verify and _digest(header, tensors) != metadata["blake2b"]:
+        raise CheckpointError(
+            f"{path}: its content does not match its blake2b, the file is damaged or was changed; "
+            "fetch or write it again"
+        )
+    if model is None:
+        if header["architecture"] is None:
+            raise CheckpointError(f"{path}: names no architecture, pass jlcm.load(path, model=...)")
+        model = Architecture(**header["architecture"]).build()
+    try:
+        _fill(model, header, tensors)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    model.compression = Compression(**header["compression"])
+    model = model.eval().to(device)
+    return model if dtype is None else model.to(dtype)
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON description in a packed file (format version, architecture, tensors, ...).
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read_header(Path(path), file.metadata())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a packed file ({error})") from error
+
+
+def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or not {"jlcm", "blake2b"} <= metadata.keys():
+        raise CheckpointError(f"{path}: a safetensors file, but not one that jlcm.save wrote")
+    try:
+        header = json.loads(metadata["jlcm"])
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its description cannot be read ({error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {version}, this jlcm reads version {FORMAT_VERSION}; "
+            "install the jlcm that wrote it, or write it again"
+        )
+    return header
+
+
+def _serialise(
+    model: nn.Module, architecture: Architecture | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and the metadata of the safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    descriptions: dict[str, Any] = {}
+    first_name: dict[int, str] = {}
+    dtypes: set[str] = set()
+    for name, stored in stored_tensors(model):
+        if id(stored) in first_name:
+            descriptions[name] = {"same_as": first_name[id(stored)]}
+            continue
+        first_name[id(stored)] = name
+        match stored:
+            case PackedWeight():
+                dtypes.add(str(stored.dtype).removeprefix("torch."))
+                descriptions[name] = _describe(stored)
+                for part in PARTS:
+                    if getattr(stored, part) is not None:
+                        tensors[f"{name}.{part}"] = getattr(stored, part)
+            case HalfTensor():
+                tensors[name] = stored.values
+    tensors |= dict(_plain_buffers(model))
+    header = {
+        "format_version": FORMAT_VERSION,
+        "architecture": None if architecture is None else asdict(architecture),
+        "dtype": max(dtypes, default="float32"),
+        "compression": asdict(model.compression),
+        "tensors": descriptions,
+    }
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True)
+    return tensors, {"jlcm": text, "blake2b": _digest(header, tensors)}
+
+
+def _describe(packed: PackedWeight) -> dict[str, Any]:
+    described: dict[str, Any] = {"shape": packed.shape, "bits": packed.bits}
+    if packed.tile is not None:
+        described["tile"] = packed.tile
+    if packed.relative_error == packed.relative_error:  # JSON has no nan
+        described["relative_error"] = float(f"{packed.relative_error:.6g}")
+    return described
+
+
+def _plain_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Buffers of the original layers, those that state_dict leaves out too."""
+    stores = {id(part) for _, stored in stored_tensors(model) for part in stored.modules()}
+    for name, module in model.named_modules():
+        if id(module) not in stores:
+            for buffer_name, buffer in module.named_buffers(recurse=False):
+                yield (f"{name}.{buffer_name}" if name else buffer_name), buffer
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=32)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Replace the tensors of a freshly built network by what the file holds."""
+    dtype = getattr(torch, header["dtype"])
+    stored: dict[str, Stored] = {}
+    for name, description in header["tensors"].items():
+        if "same_as" not in description:
+            parts = {p: tensors.pop(f"{name}.{p}", None) for p in PARTS}
+            tile = description.pop("tile", None)
+            stored[name] = PackedWeight(
+                **parts, **description, tile=None if tile is None else tuple(tile), dtype=dtype
+            )
+    modules = dict(model.named_modules())
+    owned: dict[str, dict[str, Stored]] = {}
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        buffers = modules[owner]._buffers
+        if attribute in buffers and not is_static_norm(modules[owner]):
+            _check_shape(name, buffers[attribute], tensor.shape)
+            buffers[attribute] = tensor
+        else:
+            stored[name] = HalfTensor(tensor, dtype)
+    for name, description in header["tensors"].items():
+        if "same_as" in description:
+            stored[name] = stored[description["same_as"]]
+    for name, value in stored.items():
+        owner, _, attribute = name.rpartition(".")
+        shape = value.shape if isinstance(value, PackedWeight) else value.values.shape
+        _check_shape(name, getattr(modules[owner], attribute), shape)
+        owned.setdefault(owner, {})[attribute] = value
+    for name, module in modules.items():
+        mine = owned.get(name, {})
+        if is_static_norm(module):
+            affine = (mine["weight"].values, mine["bias"].values) if mine else None
+            store_norm(module, affine, dtype=dtype)
+        elif mine:
+            store(module, mine)
+    # Every parameter is stored by now; a buffer is real unless the file lacks it.
+    missing = [n for n, _ in model.named_parameters()]
+    missing += [n for n, b in model.named_buffers() if b.is_meta]
+    if missing:
+        raise KeyError(f"the file has no values for {', '.join(missing[:5])}")
+
+
+def _check_shape(name: str, expected: Tensor | None, shape: torch.Size) -> None:
+    # A bias that the architecture lacks comes from a folded batch norm.
+    if expected is not None and tuple(expected.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(shape)}, {tuple(expected.shape)} is expected")

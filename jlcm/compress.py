@@ -1,0 +1,216 @@
+"""The whole data-free method: select -> budget -> re-order -> cluster and encode -> pack (Eq. 1 to 4)."""
+
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jlcm.budget import allocate
+from jlcm.config import REORDERINGS, Encoding, Init, check_alpha, check_choice
+from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
+from jlcm.fold import fold_batch_norms
+from jlcm.layers import HalfTensor, Stored, affine_of, is_static_norm, store, store_norm, to_half
+from jlcm.permutation import permute_slice
+from jlcm.reorder import ReorderError, permutation_groups, permute
+from jlcm.select import Filter, as_matrix, linear_and_convolution, select
+
+
+@dataclass(kw_only=True)
+class Compression:
+    """What was done to a compressed model; kept on it as `model.compression` and in its file.
+
+    Attributes:
+        alpha: goal.
+        reference_bytes: parameters and floating buffers of the original model at 2 bytes each.
+        options: init, encoding, reorder and seed.
+        notes: what was done otherwise than asked, one sentence each.
+    """
+
+    alpha: float
+    reference_bytes: int
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def compress(
+    model: nn.Module,
+    *,
+    alpha: float = 7.5,
+    init: str | Init = "hierarchical",
+    encoding: str | Encoding = "multi_scale",
+    reorder: str = "auto",
+    filter_fn: Filter = linear_and_convolution,
+    importance: dict[str, Tensor] | None = None,
+    example_inputs: Any = None,
+    seed: int = 0,
+    inplace: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """Compress a network's weights into codebooks, without data.
+
+    Args:
+        model: any network. It is compressed for inference: batch norms must have running statistics.
+        alpha: goal, above 1 and at most 16: fp16 bytes of the chosen tensors over their packed bytes.
+        init: clustering method, or its options.
+        encoding: kind of encoding, or its options.
+        reorder: "auto" (propagate orders into the layers that follow where that is legal, and store
+            an order elsewhere if it lowers the error at equal bytes), "propagated", "stored" (always
+            store where the bytes allow) or "none".
+        filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
+            MultiheadAttention.
+        importance: non-negative weights of the squared errors (squared gradients, a diagonal
+            Hessian), by name of the tensor, same shape; missing tensors count evenly.
+        example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
+            orders can be propagated. Without it orders are only stored.
+        seed: of the clustering.
+        inplace: use up `model` in place of a copy.
+        progress: show a progress bar.
+
+    Returns:
+        The compressed network, in evaluation mode. Its layers hold codes and decode when they run.
+
+    Raises:
+        Invalid: (a ValueError) for an option out of range, or a goal that cannot be reached.
+        ValueError: no layer selected, NaN or Inf in a tensor, values beyond float16, a model that is
+            already compressed, importance of a wrong name or shape.
+    """
+    alpha = check_alpha(alpha)
+    init = Init(method=init) if isinstance(init, str) else init
+    encoding = Encoding(kind=encoding) if isinstance(encoding, str) else encoding
+    check_choice("reorder", reorder, REORDERINGS)
+    _check_model(model)
+    select(model, filter_fn)
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    summary = Compression(
+        alpha=alpha,
+        reference_bytes=reference_bytes(model),
+        options={
+            "init": asdict(init),
+            "encoding": asdict(encoding),
+            "reorder": reorder,
+            "seed": seed,
+        },
+    )
+    folded = fold_batch_norms(model) if encoding.fold_bn else set()
+    weights = select(model, filter_fn)
+    importance = _check_importance(importance, weights)
+
+    ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
+    shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
+    allocations = allocate(shapes, alpha, encoding) if shapes else {}
+    for name, allocation in allocations.items():
+        if allocation.bits != max(a.bits for a in allocations.values()):
+            summary.notes.append(
+                f"{name}: {allocation.bits}-bit codes, so that the goal is reached"
+            )
+
+    propagated: set[str] = set()
+    if reorder in ("auto", "propagated") and example_inputs is not None:
+        try:
+            propagated = _propagate(
+                model, example_inputs, allocations, encoding, init, importance, seed, progress
+            )
+        except ReorderError as error:
+            summary.notes.append(f"orders are not propagated: {error}")
+
+    packed: dict[int, Stored] = {}
+    bar = tqdm(weights.items(), desc="cluster", unit="layer", disable=not progress, leave=False)
+    for name, weight in bar:
+        if name in ends:
+            packed[id(weight)] = encode_int8(weight)
+            continue
+        packed[id(weight)] = encode(
+            weight,
+            allocations[name],
+            encoding,
+            init,
+            importance=importance.get(name),
+            try_stored_order=reorder in ("auto", "stored") and name not in propagated,
+            always_store_order=reorder == "stored",
+            seed=seed,
+        )
+    _pack(model, packed, folded)
+    model.compression = summary
+    return model
+
+
+def reference_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and floating buffers at 16 bits, the size that alpha_total refers to."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(2 * t.numel() for t in tensors if t.is_floating_point())
+
+
+def _check_model(model: nn.Module) -> None:
+    if hasattr(model, "compression"):
+        raise ValueError("the model is already compressed: start from the original network")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"tensor {name!r} has no values (it is on the meta device)")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"tensor {name!r} has NaN or Inf values: repair the checkpoint first")
+
+
+def _check_importance(
+    importance: dict[str, Tensor] | None, weights: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    for name, values in (importance or {}).items():
+        if name not in weights:
+            raise ValueError(f"importance is given for {name!r}, which is not a selected tensor")
+        if values.shape != weights[name].shape:
+            raise ValueError(
+                f"importance of {name!r} has shape {tuple(values.shape)}, "
+                f"the weight {tuple(weights[name].shape)}"
+            )
+        if not values.isfinite().all() or (values < 0).any():
+            raise ValueError(f"importance of {name!r} is negative, NaN or Inf somewhere")
+    return {name: values.clone() for name, values in (importance or {}).items()}
+
+
+def _propagate(
+    model, example_inputs, allocations, encoding, init, importance, seed, progress
+) -> set[str]:
+    """Re-order every producer whose order can be moved into its consumers; names of their tensors."""
+    kind, moved = kinds(encoding)[0], set()
+    groups = permutation_groups(model, example_inputs)
+    tensors = dict(model.named_parameters())
+    for group in tqdm(groups, desc="re-order", unit="group", disable=not progress, leave=False):
+        allocation = allocations.get(group.producer)
+        count = group_count(kind, allocation, encoding) if allocation else 1
+        if count == 1:
+            continue
+        rows = as_matrix(tensors[group.producer])[group.start : group.start + group.size]
+        # A group of rows takes its share of the tensor's codebooks or scales.
+        share = max(1, round(count * group.size / allocation.rows))
+        order = neuron_order(rows.detach().float().cpu(), share, kind, init, seed)
+        permute(model, group, order)
+        for member in group.members:
+            if member.name in importance:
+                permute_slice(importance[member.name], member, order)
+            if member.dim == 0:
+                moved.add(member.name)
+    return moved
+
+
+def _pack(model: nn.Module, packed: dict[int, Stored], folded: set[str]) -> None:
+    """Replace every tensor of the model by its stored form."""
+    halves: dict[int, Stored] = dict(packed)
+    for name, module in list(model.named_modules()):
+        if is_static_norm(module):
+            affine = None
+            if name not in folded:
+                scale, shift = affine_of(module)
+                affine = to_half(scale, f"{name}.weight"), to_half(shift, f"{name}.bias")
+            store_norm(module, affine)
+            continue
+        stored = {}
+        for tensor_name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in halves:
+                full_name = f"{name}.{tensor_name}" if name else tensor_name
+                half = to_half(parameter, full_name)
+                halves[id(parameter)] = HalfTensor(half, parameter.dtype)
+            stored[tensor_name] = halves[id(parameter)]
+        if stored:
+            store(module, stored)

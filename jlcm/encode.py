@@ -1,0 +1,184 @@
+"""Cluster one weight matrix into codes, codebooks and scales within its bytes (Eq. 1, 2 and 4)."""
+
+import torch
+from torch import Tensor
+
+from jlcm.budget import Allocation, groups_for
+from jlcm.clustering.neurons import order_rows
+from jlcm.clustering.scalar import cluster
+from jlcm.config import Encoding, Init
+from jlcm.packed import PackedWeight, group_sizes, tile_index
+from jlcm.packing import order_bytes
+
+
+def kinds(encoding: Encoding) -> tuple[str, ...]:
+    """The encodings to try: auto tries both of the paper."""
+    return ("multi_scale", "multi_codebook") if encoding.kind == "auto" else (encoding.kind,)
+
+
+def group_count(kind: str, allocation: Allocation, encoding: Encoding) -> int:
+    """Groups that a tensor's bytes buy when no order is stored with it."""
+    books, scales = groups_for(kind, allocation.spare, allocation, encoding.tile)
+    return max(books, scales)
+
+
+def neuron_order(matrix: Tensor, groups: int, kind: str, init: Init, seed: int) -> Tensor:
+    """Order rows so that similar ones share a group (Eq. 4).
+
+    Args:
+        matrix: (n_o, n_i).
+        groups: codebooks or scales of the tensor.
+        kind: encoding. Rows are compared up to their norm unless each group has a scale, whose
+            value the norm decides.
+        init: clustering method and features.
+        seed: of the clustering.
+
+    Returns:
+        (n_o,) int64; new row i is old row order[i].
+    """
+    return order_rows(
+        matrix,
+        clusters=min(groups, matrix.shape[0]),
+        method=init.method,
+        normalize=kind != "multi_scale",
+        features=init.features,
+        seed=seed,
+    )
+
+
+def encode(
+    weight: Tensor,
+    allocation: Allocation,
+    encoding: Encoding,
+    init: Init,
+    *,
+    importance: Tensor | None = None,
+    try_stored_order: bool = True,
+    always_store_order: bool = False,
+    seed: int = 0,
+) -> PackedWeight:
+    """Encode one weight.
+
+    Several candidates (encodings under auto; with and without a stored row order) are compared at equal
+    bytes by their squared error, weighted by the importance; the best is returned.
+
+    Args:
+        weight: any shape, rows first, finite.
+        allocation: bits and bytes.
+        encoding: kind, tile, scales.
+        init: clustering.
+        importance: of each weight, same shape, non-negative; None for equal.
+        try_stored_order: consider storing an order of the rows, where it is paid for.
+        always_store_order: store it wherever it is paid for, better or not.
+        seed: of the clustering.
+
+    Returns:
+        The packed weight, of `weight`'s floating dtype.
+    """
+    matrix = weight.detach().float().cpu().reshape(allocation.rows, -1)
+    costs = None if importance is None else importance.detach().float().cpu().reshape(matrix.shape)
+    candidates = []
+    for kind in kinds(encoding):
+        plain = groups_for(kind, allocation.spare, allocation, encoding.tile)
+        spare = allocation.spare - order_bytes(allocation.rows)
+        ordered = groups_for(kind, spare, allocation, encoding.tile)
+        # An order changes something only where groups span rows, and must leave at least two.
+        useful = 1 < max(ordered) < allocation.rows or (kind == "tiles" and allocation.rows > 1)
+        stored = try_stored_order and useful and spare > 0
+        if stored:
+            order = neuron_order(matrix, max(ordered), kind, init, seed)
+            candidates.append((kind, *ordered, order))
+        if not (stored and always_store_order):
+            candidates.append((kind, *plain, None))
+    best, least = None, float("inf")
+    for candidate in candidates:
+        packed = _fit(weight, matrix, allocation.bits, *candidate, encoding, init, costs, seed)
+        squared = (packed().float().view(matrix.shape) - matrix).square()
+        packed.relative_error = relative_error(squared.sum(), matrix)
+        error = float((squared if costs is None else squared * costs).double().sum())
+        if error < least or best is None:
+            best, least = packed, error
+    return best
+
+
+def relative_error(squared: Tensor, matrix: Tensor) -> float:
+    """||error|| / ||matrix|| from the summed squared error; 0 for an all-zero matrix kept exactly."""
+    return float((squared / matrix.square().sum().clamp(min=1e-30)).sqrt())
+
+
+def _fit(weight, matrix, bits, kind, books, scale_count, order, encoding, init, importance, seed):
+    """Encode with one candidate: kind, number of codebooks and scales, order or None."""
+    flat = (matrix if order is None else matrix[order]).reshape(-1)
+    if importance is not None:
+        importance = (importance if order is None else importance[order]).reshape(-1)
+    tile = encoding.tile if kind == "tiles" else None
+    # The reference format is fp16, and 16-bit values have few distinct ones to cluster.
+    values, scales = flat.half().float(), None
+    if scale_count:
+        sizes = group_sizes(flat.numel(), scale_count)
+        scales = torch.segment_reduce(values.abs(), "max", lengths=sizes).half()
+        per_weight = scales.float().repeat_interleave(sizes)
+        values = torch.where(per_weight > 0, values / per_weight, 0.0)
+    codebooks, codes = _cluster_groups(
+        values, 2**bits, books, tile, matrix.shape, init, importance, seed
+    )
+    packed = PackedWeight.encode(
+        codes,
+        codebooks,
+        shape=tuple(weight.shape),
+        bits=bits,
+        scales=scales,
+        order=order,
+        tile=tile,
+        dtype=weight.dtype,
+    )
+    if scales is not None and encoding.refit_scales:
+        packed.scales = _least_squares_scales(flat, packed, importance)
+    return packed
+
+
+def _cluster_groups(values, k, books, tile, shape, init, importance, seed):
+    """Cluster flat groups or tiles; codes come back in the order of `values`."""
+    options = {"k": k, "method": init.method, "seed": seed}
+    if tile is None:
+        sizes = None if books == 1 else group_sizes(values.numel(), books)
+        return cluster(values, sizes=sizes, importance=importance, **options)
+    index = tile_index(*shape, tile).view(-1)
+    by_tile = index.argsort(stable=True)
+    codebooks, grouped = cluster(
+        values[by_tile],
+        sizes=index.bincount(minlength=books),
+        importance=None if importance is None else importance[by_tile],
+        **options,
+    )
+    return codebooks, torch.empty_like(grouped).index_copy_(0, by_tile, grouped)
+
+
+def _least_squares_scales(flat: Tensor, packed: PackedWeight, importance: Tensor | None) -> Tensor:
+    """(groups,) float16 scales that minimise each group's squared error."""
+    sizes = group_sizes(flat.numel(), packed.scales.numel())
+    codewords = packed.codeword_per_weight()
+    cost = torch.ones_like(flat) if importance is None else importance
+    product = torch.segment_reduce(cost * flat * codewords, "sum", lengths=sizes)
+    square = torch.segment_reduce(cost * codewords.square(), "sum", lengths=sizes)
+    return torch.where(square > 0, product / square, packed.scales.float()).half()
+
+
+def encode_int8(weight: Tensor) -> PackedWeight:
+    """Uniform symmetric 8-bit codes with one scale per row (the convention for first and last layers).
+
+    A multi-scale encoding whose codebook is the grid -127..127.
+    """
+    matrix = weight.detach().float().cpu().reshape(weight.shape[0], -1)
+    scales = (matrix.abs().amax(1) / 127).half()
+    step = scales.float()[:, None]
+    levels = torch.where(step > 0, (matrix / step).round().clamp(-127, 127), 0.0)
+    return PackedWeight.encode(
+        (levels + 127).to(torch.uint8).view(-1),
+        torch.arange(-127, 128)[None],
+        shape=tuple(weight.shape),
+        bits=8,
+        scales=scales,
+        dtype=weight.dtype,
+        relative_error=relative_error((levels * step - matrix).square().sum(), matrix),
+    )

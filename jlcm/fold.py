@@ -1,0 +1,67 @@
+"""Fold batch norms into the layers before them.
+
+Uniform methods and DFQ need it. A shared codebook is usually better without: folding multiplies every row by a
+factor of its own.
+"""
+
+import torch
+from torch import fx, nn
+
+from jlcm.layers import affine_of, is_static_norm
+
+
+class _Tracer(fx.Tracer):
+    """Keeps subclasses of batch norm (timm's carry an activation) and attention whole."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        leaves = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
+        return (
+            is_static_norm(module)
+            or isinstance(module, leaves)
+            or super().is_leaf_module(module, name)
+        )
+
+
+def fold_batch_norms(model: nn.Module) -> set[str]:
+    """Multiply each batch norm into the convolution or linear layer that alone feeds it, in place.
+
+    The norm itself stays in place with its values unchanged; the caller must take its effect away.
+
+    Args:
+        model: in evaluation mode.
+
+    Returns:
+        Names of the norms that were folded.
+
+    Raises:
+        ValueError: if the network cannot be traced by torch.fx.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # torch.fx raises many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"fold_bn needs a network that torch.fx can trace, this one fails: {reason}"
+        ) from error
+    modules, folded = dict(model.named_modules()), set()
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if norm is None or not is_static_norm(norm) or not isinstance(node.args[0], fx.Node):
+            continue
+        producer = node.args[0]
+        layer = modules.get(producer.target) if producer.op == "call_module" else None
+        alone = len(producer.users) == 1 and calls.count(producer.target) == 1
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and alone:
+            _fold(layer, norm)
+            folded.add(node.target)
+    return folded
+
+
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    scale, shift = affine_of(norm)
+    with torch.no_grad():
+        rows = scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        layer.weight.copy_(layer.weight * rows.to(layer.weight.dtype))
+        bias = shift if layer.bias is None else shift + layer.bias.float() * scale
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)

@@ -1,0 +1,154 @@
+"""The byte accountant: what a compressed network costs, in the file and in memory."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jlcm.checkpoint import load
+from jlcm.layers import stored_tensors
+from jlcm.packed import PackedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFootprint:
+    """One compressed tensor.
+
+    Attributes:
+        name: full name of the tensor.
+        shape: of the weight.
+        bits: width of a code.
+        codebooks: number of codebooks.
+        scales: number of scales.
+        stored_order: whether an order of its rows is stored.
+        nbytes: codes, codebooks, scales and order.
+        relative_error: ||decoded - W|| / ||W||.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    codebooks: int
+    scales: int
+    stored_order: bool
+    nbytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of a compressed network.
+
+    Attributes:
+        codes: bytes of codes; likewise codebooks, scales and orders.
+        other: bytes of everything else that is stored (biases, norms, embeddings, buffers).
+        payload: all of these, which is also what the loaded network holds in memory.
+        header: bytes of the file beside the payload (names, description), 0 without a file.
+        file_bytes: size of the file, None without a file.
+        reference_layers: fp16 bytes of the compressed tensors.
+        reference_total: fp16 bytes of the original model, parameters and floating buffers.
+        alpha_layers: reference_layers over codes + codebooks + scales + orders.
+        alpha_total: reference_total over file_bytes (over the payload without a file).
+        layers: one entry per compressed tensor.
+    """
+
+    codes: int
+    codebooks: int
+    scales: int
+    orders: int
+    other: int
+    payload: int
+    header: int
+    file_bytes: int | None
+    reference_layers: int
+    reference_total: int
+    alpha_layers: float
+    alpha_total: float
+    layers: tuple[LayerFootprint, ...]
+
+    def as_dict(self) -> dict:
+        """Plain numbers, without the layers."""
+        return {k: v for k, v in asdict(self).items() if k != "layers"}
+
+
+def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
+    """Account for every byte of a compressed network.
+
+    Args:
+        model: returned by `jlcm.compress` or `jlcm.load`, or the path of a packed file.
+
+    Raises:
+        ValueError: if the model is not compressed, or the file cannot be read.
+    """
+    file_bytes = None
+    if not isinstance(model, nn.Module):
+        file_bytes = os.path.getsize(model) if Path(model).is_file() else None
+        model = load(model, verify=False)
+    if not hasattr(model, "compression"):
+        raise ValueError("only a compressed model has a footprint: call jlcm.compress first")
+    parts = dict.fromkeys(("codes", "codebooks", "scales", "orders"), 0)
+    layers: dict[int, LayerFootprint] = {}
+    for name, stored in stored_tensors(model):
+        if isinstance(stored, PackedWeight) and id(stored) not in layers:
+            sizes = {
+                "codes": nbytes(stored.codes),
+                "codebooks": nbytes(stored.codebooks),
+                "scales": nbytes(stored.scales),
+                "orders": nbytes(stored.order),
+            }
+            parts = {k: v + sizes[k] for k, v in parts.items()}
+            layers[id(stored)] = _layer(name, stored, sum(sizes.values()))
+    packed, payload = sum(parts.values()), sum(nbytes(b) for b in model.buffers())
+    reference = sum(2 * torch.Size(layer.shape).numel() for layer in layers.values())
+    return Footprint(
+        **parts,
+        other=payload - packed,
+        payload=payload,
+        header=0 if file_bytes is None else file_bytes - payload,
+        file_bytes=file_bytes,
+        reference_layers=reference,
+        reference_total=model.compression.reference_bytes,
+        alpha_layers=reference / packed,
+        alpha_total=model.compression.reference_bytes / (file_bytes or payload),
+        layers=tuple(layers.values()),
+    )
+
+
+def resident_bytes(path: str | os.PathLike) -> int:
+    """Resident memory that loading a packed file takes, in a fresh process.
+
+    The rise of the process's resident set size from just before to just after `jlcm.load`, with the
+    libraries imported and the file loaded once before, so that code is not counted.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "jlcm.resident", str(path)], capture_output=True, text=True
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"cannot measure the memory of {path}: {last}")
+    return int(result.stdout.split()[-1])
+
+
+def nbytes(tensor: Tensor | None) -> int:
+    """Bytes of a tensor's elements."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _layer(name: str, packed: PackedWeight, size: int) -> LayerFootprint:
+    return LayerFootprint(
+        name=name,
+        shape=packed.shape,
+        bits=packed.bits,
+        codebooks=packed.codebooks.shape[0],
+        scales=0 if packed.scales is None else packed.scales.numel(),
+        stored_order=packed.order is not None,
+        nbytes=size,
+        relative_error=packed.relative_error,
+    )

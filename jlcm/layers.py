@@ -1,0 +1,187 @@
+"""Layers that stay packed in memory and decode when they run.
+
+`store` turns a module into one whose tensors are read through properties: the module keeps its class's
+`forward`, but its `weight` is decoded when it is asked for and dropped when the forward ends. That serves
+every layer type alike (Linear, convolutions, MultiheadAttention, timm's and transformers' subclasses), and
+never more than one layer's weights exist at a time.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from jlcm.packed import PackedWeight, apply_to_bytes
+
+#: Name of the submodule that holds a module's stored tensors.
+STORE = "packed"
+
+
+class HalfTensor(nn.Module):
+    """A tensor held in 16 bits (biases, norms); calling it casts to the computing dtype.
+
+    Attributes:
+        values: the stored tensor, float16 or bfloat16.
+        dtype: floating dtype on use.
+    """
+
+    def __init__(self, values: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Hold `values`."""
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("values", values)
+
+    def forward(self) -> Tensor:
+        """The tensor in the computing dtype."""
+        return self.values.to(self.dtype)
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        return apply_to_bytes(self, fn)
+
+
+class Constant(nn.Module):
+    """A vector of equal values, made on use: it costs no memory.
+
+    Attributes:
+        value: of every entry.
+        count: number of entries.
+        dtype: floating dtype of the vector.
+    """
+
+    def __init__(self, value: float, count: int, dtype: torch.dtype = torch.float32) -> None:
+        """Describe the vector."""
+        super().__init__()
+        self.value, self.count, self.dtype = value, count, dtype
+        self.register_buffer("anchor", torch.empty(0, dtype=torch.uint8), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The vector, on the device that the module was moved to."""
+        return torch.full((self.count,), self.value, dtype=self.dtype, device=self.anchor.device)
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.anchor.device)).dtype
+        return apply_to_bytes(self, fn)
+
+
+Stored = PackedWeight | HalfTensor | Constant
+
+
+def to_half(values: Tensor, name: str) -> Tensor:
+    """Round to float16; 16-bit tensors are kept as they are.
+
+    Raises:
+        ValueError: if a value does not fit float16.
+    """
+    if values.dtype in (torch.float16, torch.bfloat16):
+        return values.detach().clone()
+    half = values.detach().to(torch.float16)
+    if not half.isfinite().all():
+        raise ValueError(
+            f"tensor {name!r} has values beyond 65504, the range of float16: rescale the network first"
+        )
+    return half
+
+
+def store(module: nn.Module, stored: dict[str, Stored]) -> None:
+    """Replace tensors of a module by stored forms, in place.
+
+    Args:
+        module: owner of the tensors. Its class becomes a subclass, "Packed<class>", with a
+            property for each name.
+        stored: stored form by the name of the parameter or buffer.
+
+    Raises:
+        ValueError: if the module already has an attribute named "packed" of its own.
+    """
+    if STORE in module._modules:
+        raise ValueError(f"{type(module).__name__} already has a submodule {STORE!r}")
+    for name in stored:
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+        module.__dict__.pop(name, None)
+    module.add_module(STORE, nn.ModuleDict(stored))
+    module.__class__ = _packed_class(type(module), tuple(sorted(stored)))
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Stored]]:
+    """Every stored tensor of a compressed model with the full name it replaces.
+
+    A tensor that several modules share comes once for each of its names.
+    """
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        store_ = module._modules.get(STORE)
+        if isinstance(store_, nn.ModuleDict) and hasattr(type(module), "_packed_names"):
+            for name, stored in store_.items():
+                yield (f"{module_name}.{name}" if module_name else name), stored
+
+
+@lru_cache(maxsize=None)
+def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def forward(self, *args, **kwargs):
+        # Some forwards ask for a weight several times (MultiheadAttention does): decode once.
+        self.__dict__["_decoded"] = {}
+        try:
+            return cls.forward(self, *args, **kwargs)
+        finally:
+            self.__dict__["_decoded"] = None
+
+    def reader(name: str) -> property:
+        def read(self) -> Tensor:
+            decoded = self.__dict__.get("_decoded")
+            if decoded is None:
+                return self._modules[STORE][name]()
+            if name not in decoded:
+                decoded[name] = self._modules[STORE][name]()
+            return decoded[name]
+
+        return property(read)
+
+    body = {name: reader(name) for name in names}
+    body |= {"forward": forward, "_packed_names": names, "__module__": __name__}
+    return type(f"Packed{cls.__name__}", (cls,), body)
+
+
+def store_norm(
+    norm: _BatchNorm,
+    affine: tuple[Tensor, Tensor] | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Store a batch norm as the two vectors it applies at inference, in place.
+
+    Its forward still runs (subclasses add an activation there), with running mean 0 and a running
+    variance that `eps` completes to 1.
+
+    Args:
+        norm: the batch norm, in evaluation mode.
+        affine: float16 scale and shift, (channels,) each; None where the norm was folded into the
+            layer before it and applies nothing any more.
+        dtype: of the computation.
+    """
+    count = norm.num_features
+    stored: dict[str, Stored] = {
+        "weight": Constant(1.0, count, dtype),
+        "bias": Constant(0.0, count, dtype),
+        "running_mean": Constant(0.0, count, dtype),
+        "running_var": Constant(1.0 - norm.eps, count, dtype),
+    }
+    if affine is not None:
+        stored["weight"], stored["bias"] = (HalfTensor(vector, dtype) for vector in affine)
+    norm.num_batches_tracked = None
+    store(norm, stored)
+
+
+def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (channels,) float32 each, that a batch norm applies at inference."""
+    weight = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    scale = weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
+    return scale.detach(), (bias.float() - norm.running_mean.float() * scale).detach()
+
+
+def is_static_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics, an affine map at inference."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None

@@ -1,0 +1,210 @@
+"""One packed tensor type for every encoding.
+
+A weight W of n_o rows (output neurons) is stored as fixed-width codes, one or several codebooks and,
+optionally, scales and an order of its rows. Which codebook and which scale serve a weight follows from its
+position, so no index of them is stored (Eq. 2 and 4). The encodings of the paper are presets:
+
+| encoding       | codebooks        | scales           |
+|----------------|------------------|------------------|
+| multi-scale    | one              | s flat groups    |
+| multi-codebook | k flat groups    | none             |
+| one per row    | n_o flat groups  | none             |
+| tiles (LUT-B)  | rows x cols each | none             |
+
+Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after another. With
+k < n_o a group spans rows, with k > n_o a row holds several groups.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from jlcm.packing import order_bytes, pack, pack_order, packed_bytes, unpack, unpack_order
+
+
+def group_sizes(count: int, groups: int) -> Tensor:
+    """Lengths of the flat groups: (groups,) int64, summing to `count`, none empty if groups <= count."""
+    starts = -(-torch.arange(groups + 1, dtype=torch.int64) * count // groups)  # ceil(g * N / k)
+    return starts.diff()
+
+
+def tile_grid(n_o: int, n_i: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """How many tiles of (rows, cols) cover an (n_o, n_i) matrix, down and across."""
+    return -(-n_o // tile[0]), -(-n_i // tile[1])
+
+
+def tile_index(
+    n_o: int, n_i: int, tile: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
+    """(n_o, n_i) int64: which tile each weight lies in, numbered row by row."""
+    _, across = tile_grid(n_o, n_i, tile)
+    down = torch.arange(n_o, device=device) // tile[0]
+    return down[:, None] * across + torch.arange(n_i, device=device) // tile[1]
+
+
+def apply_to_bytes(module: nn.Module, fn) -> nn.Module:
+    """`Module._apply` for stored buffers: moves them, never changes their dtype."""
+    for name, stored in module.named_buffers(recurse=False):
+        setattr(module, name, fn(stored.contiguous().view(torch.uint8)).view(stored.dtype))
+    return module
+
+
+class PackedWeight(nn.Module):
+    """A weight held as codes and codebooks; calling it decodes.
+
+    Attributes:
+        shape: shape of the weight; the first dimension counts the rows.
+        bits: width of a code, 1 to 8; a codebook has at most 2**bits codewords.
+        tile: (rows, cols) where codebooks belong to tiles, None for flat groups.
+        dtype: floating dtype of the decoded weight.
+        relative_error: ||decoded - W|| / ||W|| (Frobenius) when it was encoded, nan if unknown.
+        codes: (ceil(N * bits / 8),) uint8.
+        codebooks: (groups, codewords) float16, each row ascending.
+        scales: (groups,) float16, or None.
+        order: packed row order, uint8, or None; packed row r is row order[r] of the weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        bits: int,
+        codes: Tensor,
+        codebooks: Tensor,
+        scales: Tensor | None = None,
+        order: Tensor | None = None,
+        tile: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        relative_error: float = float("nan"),
+    ) -> None:
+        """Take the parts as they are stored; `encode` makes them from plain tensors.
+
+        Raises:
+            ValueError: if the parts do not fit together.
+        """
+        super().__init__()
+        self.shape, self.bits, self.tile = tuple(shape), bits, tile
+        self.dtype, self.relative_error = dtype, relative_error
+        self.register_buffer("codes", codes)
+        self.register_buffer("codebooks", codebooks)
+        self.register_buffer("scales", scales)
+        self.register_buffer("order", order)
+        self._check()
+
+    @classmethod
+    def encode(
+        cls,
+        codes: Tensor,
+        codebooks: Tensor,
+        *,
+        shape: tuple[int, ...],
+        bits: int,
+        scales: Tensor | None = None,
+        order: Tensor | None = None,
+        **options,
+    ) -> "PackedWeight":
+        """Pack plain codes.
+
+        Args:
+            codes: (N,) integers below 2**bits, of the re-ordered rows one after another.
+            codebooks: (groups, codewords), rounded to float16.
+            shape: of the weight.
+            bits: width of a code.
+            scales: (groups,), rounded to float16.
+            order: (n_o,) int64.
+            options: tile, dtype, relative_error.
+        """
+        return cls(
+            shape=shape,
+            bits=bits,
+            codes=pack(codes, bits),
+            codebooks=codebooks.to(torch.float16),
+            scales=None if scales is None else scales.to(torch.float16),
+            order=None if order is None else pack_order(order),
+            **options,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def rows(self) -> int:
+        """Number of output neurons."""
+        return self.shape[0]
+
+    def unpack_codes(self) -> Tensor:
+        """(N,) uint8 codes of the re-ordered rows."""
+        return unpack(self.codes, self.bits, self.count)
+
+    def row_order(self) -> Tensor | None:
+        """(n_o,) int64 order of the rows, None where they keep their place."""
+        return None if self.order is None else unpack_order(self.order, self.rows)
+
+    def codebook_index(self) -> Tensor | None:
+        """(N,) int64 index of each weight's codebook, None if there is one."""
+        groups = self.codebooks.shape[0]
+        if groups == 1:
+            return None
+        if self.tile is not None:
+            matrix = self.rows, self.count // self.rows
+            return tile_index(*matrix, self.tile, device=self.codebooks.device).view(-1)
+        index = torch.arange(groups, device=self.codebooks.device)
+        return index.repeat_interleave(group_sizes(self.count, groups).to(index.device))
+
+    def scale_per_weight(self) -> Tensor | None:
+        """Float32 scales that broadcast against (N,), None without scales."""
+        if self.scales is None:
+            return None
+        sizes = group_sizes(self.count, self.scales.numel()).to(self.scales.device)
+        return self.scales.float().repeat_interleave(sizes)
+
+    def codeword_per_weight(self) -> Tensor:
+        """(N,) float32 codewords of the re-ordered rows, before scaling."""
+        index = self.unpack_codes().int()
+        codebook = self.codebook_index()
+        if codebook is not None:
+            index += (codebook * self.codebooks.shape[1]).int()
+        return self.codebooks.float().view(-1).index_select(0, index)
+
+    def forward(self) -> Tensor:
+        """Decode: `shape` tensor of `dtype` (Eq. 1, 2 and 4)."""
+        values = self.codeword_per_weight()
+        scales = self.scale_per_weight()
+        if scales is not None:
+            values *= scales
+        values = values.view(self.rows, -1)
+        order = self.row_order()
+        if order is not None:
+            values = torch.empty_like(values).index_copy_(0, order, values)
+        return values.view(self.shape).to(self.dtype)
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or model.float() chooses the dtype that weights are decoded to. What is
+        # stored keeps its own: seen as bytes it only moves between devices.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return apply_to_bytes(self, fn)
+
+    def extra_repr(self) -> str:
+        """Shape, bits and group counts, for printing."""
+        scales = 0 if self.scales is None else self.scales.numel()
+        return (
+            f"shape={self.shape}, bits={self.bits}, codebooks={self.codebooks.shape[0]}, "
+            f"scales={scales}, stored_order={self.order is not None}"
+        )
+
+    def _check(self) -> None:
+        groups, codewords = self.codebooks.shape
+        expected = packed_bytes(self.count, self.bits)
+        if self.codes.numel() != expected:
+            raise ValueError(f"codes have {self.codes.numel()} bytes, {expected} expected")
+        if not 1 <= codewords <= 2**self.bits:
+            raise ValueError(f"a codebook of {codewords} codewords does not fit {self.bits} bits")
+        if self.tile is not None:
+            down, across = tile_grid(self.rows, self.count // self.rows, self.tile)
+            if groups != down * across:
+                raise ValueError(f"{groups} codebooks for {down * across} tiles")
+        elif not 1 <= groups <= max(self.count, 1):
+            raise ValueError(f"{groups} codebooks for {self.count} weights")
+        if self.order is not None and self.order.numel() != order_bytes(self.rows):
+            raise ValueError(f"row order has {self.order.numel()} bytes")

@@ -1,0 +1,53 @@
+"""Compress a network, evaluate it packed, and record the result.
+
+python run.py model=resnet18 init=hierarchical
+python run.py -m model=resnet18 init=kmeans,hierarchical alpha=5.33,7.5
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.config import identity, register, run_id
+from experiments.overrides import check_overrides
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Run one job; bad input ends in one line, the details with HYDRA_FULL_ERROR=1."""
+    # Imported here, so that --help and a mistyped option need no PyTorch.
+    from experiments.report import as_text
+    from experiments.runner import run
+
+    try:
+        record = run(
+            OmegaConf.to_object(config),
+            run_id=run_id(config),
+            identity=identity(config),
+            folder=Path(HydraConfig.get().runtime.output_dir),
+        )
+    except (ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        message = " ".join(str(error).split())
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
+            raise HydraException(f"error: {message}") from error
+        sys.exit(f"error: {message}")
+    print(json.dumps(record) if config.output == "json" else as_text(record), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
