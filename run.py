@@ -4,6 +4,7 @@ python run.py model=resnet18 init=hierarchical
 python run.py -m model=resnet18 init=kmeans,hierarchical alpha=5.33,7.5
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import identity, register, run_id
-from experiments.overrides import check_overrides
+from experiments.overrides import check_overrides, one_line
 
 register()
 
@@ -28,26 +30,29 @@ def main(config: DictConfig) -> None:
     from experiments.report import as_text
     from experiments.runner import run
 
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         record = run(
             OmegaConf.to_object(config),
             run_id=run_id(config),
             identity=identity(config),
-            folder=Path(HydraConfig.get().runtime.output_dir),
+            folder=folder,
         )
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        message = " ".join(str(error).split())
+        with contextlib.suppress(OSError):  # leave nothing behind, unless there are results
+            folder.rmdir()
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
-            raise HydraException(f"error: {message}") from error
-        sys.exit(f"error: {message}")
+            print(one_line(error), file=sys.stderr)
+            raise CompactHydraException(one_line(error)) from None
+        sys.exit(one_line(error))
     print(json.dumps(record) if config.output == "json" else as_text(record), flush=True)
 
 
 if __name__ == "__main__":
     try:
         check_overrides(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(one_line(error))
     main()

@@ -4,6 +4,9 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 
+from hydra import compose, initialize
+from omegaconf.errors import OmegaConfBaseException
+
 from experiments.config import DATA_SCHEMAS, Config
 
 _OVERRIDE = re.compile(r"^(?P<prefix>[+~]{0,2})(?P<key>[A-Za-z_][\w./@:-]*)(?:=.*)?$", re.DOTALL)
@@ -19,13 +22,15 @@ def valid_keys() -> dict[str, set[str]]:
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Refuse an override of an option that does not exist.
+    """Check the overrides of a command line before Hydra runs it, for shorter messages.
 
     Args:
-        arguments: of the command line. Flags and Hydra's own options are left to Hydra.
+        arguments: of the command line. With flags (--multirun, --help) only the names of the
+            options are checked, Hydra checks their values.
 
     Raises:
-        ValueError: naming the option, what was probably meant, and what exists.
+        ValueError: an option does not exist; names what was probably meant, and what exists.
+        HydraException, OmegaConfBaseException: a value is of the wrong type, or no such choice.
     """
     keys = valid_keys()
     for argument in arguments:
@@ -39,6 +44,17 @@ def check_overrides(arguments: list[str]) -> None:
             raise ValueError(_message(head, keys))
         if tail and keys[head] and tail.partition(".")[0] not in keys[head]:
             raise ValueError(_message(tail, keys[head], group=head))
+    if not any(argument.startswith("-") for argument in arguments):
+        with initialize(version_base="1.3", config_path="../conf"):
+            compose("config", overrides=arguments)
+
+
+def one_line(error: Exception) -> str:
+    """An exception as one line, with its cause and without Hydra's search path."""
+    text = str(error).partition("Config search path")[0]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f": {str(error.__cause__).splitlines()[0]}"
+    return "error: " + " ".join(text.split())
 
 
 def _message(key: str, choices, group: str = "") -> str:

@@ -54,6 +54,11 @@ def codebook_bytes(bits: int) -> int:
     return HALF * 2**bits
 
 
+def bytes_of(codebooks: int, scales: int, bits: int) -> int:
+    """Bytes of codebooks of 2**bits float16 codewords and of float16 scales."""
+    return codebooks * codebook_bytes(bits) + scales * HALF
+
+
 def groups_for(
     kind: str, spare: int, allocation: Allocation, tile: tuple[int, int]
 ) -> tuple[int, int]:
@@ -87,7 +92,7 @@ def least_bytes(kind: str, allocation: Allocation, tile: tuple[int, int]) -> int
     candidates = ("multi_scale", "multi_codebook") if kind == "auto" else (kind,)
     codes = packed_bytes(allocation.count, allocation.bits)
     counts = [groups_for(k, 0, allocation, tile) for k in candidates]
-    return codes + max(c * codebook_bytes(allocation.bits) + s * HALF for c, s in counts)
+    return codes + max(bytes_of(*c, allocation.bits) for c in counts)
 
 
 def allocate(
@@ -133,7 +138,7 @@ def _sensible(plan: Allocation, encoding: Encoding) -> Allocation:
 
 def _printed_rule(plan: Allocation, alpha: float, encoding: Encoding) -> int:
     """Bytes that Eq. 3 as printed gives one tensor: the multi-scale count ignores the codebook."""
-    spare_bits = (16 - alpha * plan.bits) * plan.count / alpha
+    spare_bits = 16 * plan.count / alpha - plan.bits * plan.count
     spare = max(math.floor(spare_bits / 8), 0)
     if encoding.kind in ("multi_scale", "auto"):
         spare += codebook_bytes(plan.bits)

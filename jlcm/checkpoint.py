@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jlcm.architecture import Architecture
+from jlcm.architecture import Architecture, unregistered_meta
 from jlcm.compress import Compression
-from jlcm.layers import HalfTensor, Stored, is_static_norm, store, store_norm, stored_tensors
+from jlcm.layers import (
+    STORE,
+    Constant,
+    HalfTensor,
+    Stored,
+    is_static_norm,
+    store,
+    store_norm,
+    stored_tensors,
+)
 from jlcm.packed import PackedWeight
 
 FORMAT_VERSION = 1
@@ -52,7 +62,8 @@ def save(
         raise ValueError("only a model that jlcm.compress returned can be saved")
     tensors, metadata = _serialise(model, architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**16
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    needed += sum(len(text) for text in metadata.values()) + 2**16
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(
@@ -101,32 +112,51 @@ def load(
         CheckpointError: file missing, truncated, tampered with, of another format version, or not
             fitting the architecture.
     """
+    header, tensors = read_tensors(path, verify=verify)
+    if model is None:
+        model = _build(path, header["architecture"])
+    try:
+        _fill(model, header, tensors)
+        model.compression = Compression(**header["compression"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    model = model.eval().to(device)
+    return model if dtype is None else model.to(dtype)
+
+
+def read_tensors(
+    path: str | os.PathLike, *, verify: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a packed file, by their names in it, without building the network.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            header = _read_header(path, metadata)
+            header = _read_header(path, file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a packed file ({error})") from error
-    if verify and _digest(header, tensors) != metadata["blake2b"]:
+    digest = header.pop("blake2b", None)
+    if verify and _digest(header, tensors) != digest:
         raise CheckpointError(
             f"{path}: its content does not match its blake2b, the file is damaged or was changed; "
             "fetch or write it again"
         )
-    if model is None:
-        if header["architecture"] is None:
-            raise CheckpointError(f"{path}: names no architecture, pass jlcm.load(path, model=...)")
-        model = Architecture(**header["architecture"]).build()
+    return header, tensors
+
+
+def _build(path: str | os.PathLike, architecture: dict[str, Any] | None) -> nn.Module:
+    if architecture is None:
+        raise CheckpointError(f"{path}: names no architecture, pass jlcm.load(path, model=...)")
     try:
-        _fill(model, header, tensors)
-    except (AttributeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
-    model.compression = Compression(**header["compression"])
-    model = model.eval().to(device)
-    return model if dtype is None else model.to(dtype)
+        return Architecture(**architecture).build()
+    except Exception as error:  # whatever the builder raises for its arguments
+        raise CheckpointError(f"{path}: cannot build its architecture: {error}") from error
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
@@ -143,12 +173,12 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    if not metadata or not {"jlcm", "blake2b"} <= metadata.keys():
+    if not metadata or "jlcm" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not one that jlcm.save wrote")
     try:
         header = json.loads(metadata["jlcm"])
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its description cannot be read ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -165,32 +195,43 @@ def _serialise(
     tensors: dict[str, Tensor] = {}
     descriptions: dict[str, Any] = {}
     first_name: dict[int, str] = {}
-    dtypes: set[str] = set()
-    for name, stored in stored_tensors(model):
+    dtypes: dict[str, str] = {}
+    folded: list[str] = []  # batch norms that apply nothing any more
+    for name, stored in [*stored_tensors(model), *_plain_buffers(model)]:
         if id(stored) in first_name:
             descriptions[name] = {"same_as": first_name[id(stored)]}
             continue
         first_name[id(stored)] = name
         match stored:
             case PackedWeight():
-                dtypes.add(str(stored.dtype).removeprefix("torch."))
                 descriptions[name] = _describe(stored)
                 for part in PARTS:
                     if getattr(stored, part) is not None:
                         tensors[f"{name}.{part}"] = getattr(stored, part)
             case HalfTensor():
                 tensors[name] = stored.values
-    tensors |= dict(_plain_buffers(model))
+            case Tensor():
+                tensors[name] = stored
+            case Constant() if name.rpartition(".")[2] == "weight":
+                folded.append(name.rpartition(".")[0])
+        if isinstance(stored, PackedWeight | HalfTensor) and stored.dtype.is_floating_point:
+            dtypes[name] = str(stored.dtype).removeprefix("torch.")
+    usual = Counter(dtypes.values()).most_common(1)[0][0]
+    for name, dtype in dtypes.items():
+        if dtype != usual:
+            descriptions.setdefault(name, {})["dtype"] = dtype
     header = {
         "format_version": FORMAT_VERSION,
         "architecture": None if architecture is None else asdict(architecture),
-        "dtype": max(dtypes, default="float32"),
+        "dtype": usual,
         "compression": asdict(model.compression),
         "tensors": descriptions,
+        "folded": folded,
     }
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True)
-    return tensors, {"jlcm": text, "blake2b": _digest(header, tensors)}
+    header["blake2b"] = _digest(header, tensors)
+    # One entry, because safetensors writes several in a random order.
+    return tensors, {"jlcm": json.dumps(header, separators=(",", ":"))}
 
 
 def _describe(packed: PackedWeight) -> dict[str, Any]:
@@ -222,28 +263,28 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replace the tensors of a freshly built network by what the file holds."""
-    dtype = getattr(torch, header["dtype"])
-    stored: dict[str, Stored] = {}
-    for name, description in header["tensors"].items():
-        if "same_as" not in description:
-            parts = {p: tensors.pop(f"{name}.{p}", None) for p in PARTS}
-            tile = description.pop("tile", None)
-            stored[name] = PackedWeight(
-                **parts, **description, tile=None if tile is None else tuple(tile), dtype=dtype
-            )
+    stored: dict[str, Stored] = dict(packed_weights(header, tensors))
     modules = dict(model.named_modules())
+    names = {*stored, *tensors, *header["tensors"]} - {f"{n}.{p}" for n in stored for p in PARTS}
+    if strangers := sorted(n for n in names if n.rpartition(".")[0] not in modules):
+        raise ValueError(f"the network has no layer for {', '.join(strangers[:5])}")
     owned: dict[str, dict[str, Stored]] = {}
-    for name, tensor in tensors.items():
+    for name in sorted(names - stored.keys()):
+        description = header["tensors"].get(name, {})
+        first = description.get("same_as", name)
         owner, _, attribute = name.rpartition(".")
         buffers = modules[owner]._buffers
-        if attribute in buffers and not is_static_norm(modules[owner]):
-            _check_shape(name, buffers[attribute], tensor.shape)
-            buffers[attribute] = tensor
-        else:
-            stored[name] = HalfTensor(tensor, dtype)
-    for name, description in header["tensors"].items():
-        if "same_as" in description:
-            stored[name] = stored[description["same_as"]]
+        if first in tensors and attribute in buffers and not is_static_norm(modules[owner]):
+            _check_shape(name, buffers[attribute], tensors[first].shape)
+            buffers[attribute] = tensors[first]
+            continue
+        if first not in stored:
+            dtype = _dtype(description.get("dtype", header["dtype"]))
+            values = tensors[first]
+            stored[first] = HalfTensor(
+                values, dtype if values.is_floating_point() else values.dtype
+            )
+        stored[name] = stored[first]
     for name, value in stored.items():
         owner, _, attribute = name.rpartition(".")
         shape = value.shape if isinstance(value, PackedWeight) else value.values.shape
@@ -252,15 +293,48 @@ def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) 
     for name, module in modules.items():
         mine = owned.get(name, {})
         if is_static_norm(module):
-            affine = (mine["weight"].values, mine["bias"].values) if mine else None
-            store_norm(module, affine, dtype=dtype)
+            if name in header["folded"]:
+                store_norm(module, None, dtype=_dtype(header["dtype"]))
+            elif mine:
+                vectors = mine["weight"].values, mine["bias"].values
+                store_norm(module, vectors, dtype=mine["weight"].dtype)
         elif mine:
             store(module, mine)
     # Every parameter is stored by now; a buffer is real unless the file lacks it.
     missing = [n for n, _ in model.named_parameters()]
     missing += [n for n, b in model.named_buffers() if b.is_meta]
+    missing += [n for n, m in modules.items() if is_static_norm(m) and STORE not in m._modules]
+    missing += unregistered_meta(model)
     if missing:
         raise KeyError(f"the file has no values for {', '.join(missing[:5])}")
+
+
+def packed_weights(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, PackedWeight]:
+    """The packed weights of a file (`read_tensors`), by name.
+
+    Raises:
+        KeyError, TypeError, ValueError: if the parts do not fit together.
+    """
+    packed = {}
+    for name, description in header["tensors"].items():
+        if "bits" in description:
+            tile = description.get("tile")
+            packed[name] = PackedWeight(
+                shape=description["shape"],
+                bits=description["bits"],
+                tile=None if tile is None else tuple(tile),
+                dtype=_dtype(description.get("dtype", header["dtype"])),
+                relative_error=description.get("relative_error", float("nan")),
+                **{part: tensors.get(f"{name}.{part}") for part in PARTS},
+            )
+    return packed
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return dtype
 
 
 def _check_shape(name: str, expected: Tensor | None, shape: torch.Size) -> None:

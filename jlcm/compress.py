@@ -4,15 +4,23 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.budget import allocate
-from jlcm.config import REORDERINGS, Encoding, Init, check_alpha, check_choice
+from jlcm.config import REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms
-from jlcm.layers import HalfTensor, Stored, affine_of, is_static_norm, store, store_norm, to_half
+from jlcm.layers import (
+    HalfTensor,
+    Stored,
+    affine_of,
+    is_static_norm,
+    store,
+    store_norm,
+    stored_tensors,
+    to_half,
+)
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
@@ -81,6 +89,8 @@ def compress(
     init = Init(method=init) if isinstance(init, str) else init
     encoding = Encoding(kind=encoding) if isinstance(encoding, str) else encoding
     check_choice("reorder", reorder, REORDERINGS)
+    if reorder == "propagated" and example_inputs is None:
+        raise Invalid("reorder=propagated needs example_inputs to trace the network with")
     _check_model(model)
     select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
@@ -96,6 +106,7 @@ def compress(
     )
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
     weights = select(model, filter_fn)
+    _check_range(model, weights)
     importance = _check_importance(importance, weights)
 
     ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
@@ -144,13 +155,25 @@ def reference_bytes(model: nn.Module) -> int:
 
 
 def _check_model(model: nn.Module) -> None:
-    if hasattr(model, "compression"):
+    if hasattr(model, "compression") or next(stored_tensors(model), None):
         raise ValueError("the model is already compressed: start from the original network")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} has no values (it is on the meta device)")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
             raise ValueError(f"tensor {name!r} has NaN or Inf values: repair the checkpoint first")
+    for name, buffer in model.named_buffers():  # masks may hold -Inf
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise ValueError(f"tensor {name!r} has NaN values: repair the checkpoint first")
+
+
+def _check_range(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Refuse values that float16 cannot hold, before the long work."""
+    chosen = {id(weight) for weight in weights.values()}
+    for name, parameter in model.named_parameters():
+        # Codebooks are float16 always, other tensors keep bfloat16.
+        to_half(parameter.float() if id(parameter) in chosen else parameter, name)
 
 
 def _check_importance(
@@ -203,10 +226,11 @@ def _pack(model: nn.Module, packed: dict[int, Stored], folded: set[str]) -> None
             if name not in folded:
                 scale, shift = affine_of(module)
                 affine = to_half(scale, f"{name}.weight"), to_half(shift, f"{name}.bias")
-            store_norm(module, affine)
+            store_norm(module, affine, dtype=module.running_mean.dtype)
             continue
         stored = {}
-        for tensor_name, parameter in module.named_parameters(recurse=False):
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        for tensor_name, parameter in list(own):
             if id(parameter) not in halves:
                 full_name = f"{name}.{tensor_name}" if name else tensor_name
                 half = to_half(parameter, full_name)

@@ -66,7 +66,7 @@ class Encoding:
         check_choice("encoding", self.kind, ENCODINGS)
         check_choice("budget", self.budget, BUDGETS)
         check_choice("first_last", self.first_last, FIRST_LAST)
-        if len(self.tile) != 2 or min(self.tile) < 1:
+        if len(self.tile) != 2 or not all(isinstance(s, int) and s >= 1 for s in self.tile):
             raise Invalid(f"tile={self.tile} is not two positive sizes")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from jlcm.budget import Allocation, groups_for
+from jlcm.budget import Allocation, bytes_of, groups_for
 from jlcm.clustering.neurons import order_rows
 from jlcm.clustering.scalar import cluster
 from jlcm.config import Encoding, Init
@@ -76,7 +76,11 @@ def encode(
         The packed weight, of `weight`'s floating dtype.
     """
     matrix = weight.detach().float().cpu().reshape(allocation.rows, -1)
-    costs = None if importance is None else importance.detach().float().cpu().reshape(matrix.shape)
+    costs = None
+    if importance is not None:
+        # Scaled to 1, because squared gradients may be too small for float32.
+        costs = importance.detach().double().cpu().reshape(matrix.shape)
+        costs = (costs / costs.max().clamp(min=torch.finfo(torch.float64).tiny)).float()
     candidates = []
     for kind in kinds(encoding):
         plain = groups_for(kind, allocation.spare, allocation, encoding.tile)
@@ -84,18 +88,19 @@ def encode(
         ordered = groups_for(kind, spare, allocation, encoding.tile)
         # An order changes something only where groups span rows, and must leave at least two.
         useful = 1 < max(ordered) < allocation.rows or (kind == "tiles" and allocation.rows > 1)
-        stored = try_stored_order and useful and spare > 0
+        stored = try_stored_order and useful and bytes_of(*ordered, allocation.bits) <= spare
+        # The order comes second: it has to lower the error to be chosen.
+        if not (stored and always_store_order):
+            candidates.append((kind, *plain, None))
         if stored:
             order = neuron_order(matrix, max(ordered), kind, init, seed)
             candidates.append((kind, *ordered, order))
-        if not (stored and always_store_order):
-            candidates.append((kind, *plain, None))
     best, least = None, float("inf")
     for candidate in candidates:
         packed = _fit(weight, matrix, allocation.bits, *candidate, encoding, init, costs, seed)
-        squared = (packed().float().view(matrix.shape) - matrix).square()
+        squared = (packed().double().view(matrix.shape) - matrix).square()
         packed.relative_error = relative_error(squared.sum(), matrix)
-        error = float((squared if costs is None else squared * costs).double().sum())
+        error = float((squared if costs is None else squared * costs).sum())
         if error < least or best is None:
             best, least = packed, error
     return best
@@ -103,7 +108,7 @@ def encode(
 
 def relative_error(squared: Tensor, matrix: Tensor) -> float:
     """||error|| / ||matrix|| from the summed squared error; 0 for an all-zero matrix kept exactly."""
-    return float((squared / matrix.square().sum().clamp(min=1e-30)).sqrt())
+    return float((squared / matrix.double().square().sum().clamp(min=1e-300)).sqrt())
 
 
 def _fit(weight, matrix, bits, kind, books, scale_count, order, encoding, init, importance, seed):
@@ -159,23 +164,26 @@ def _least_squares_scales(flat: Tensor, packed: PackedWeight, importance: Tensor
     sizes = group_sizes(flat.numel(), packed.scales.numel())
     codewords = packed.codeword_per_weight()
     cost = torch.ones_like(flat) if importance is None else importance
+    cost = cost.double()  # small weights of small importance underflow in float32
     product = torch.segment_reduce(cost * flat * codewords, "sum", lengths=sizes)
     square = torch.segment_reduce(cost * codewords.square(), "sum", lengths=sizes)
-    return torch.where(square > 0, product / square, packed.scales.float()).half()
+    scales = torch.where(square > 0, product / square, packed.scales.double())
+    return scales.clamp(-65504, 65504).half()
 
 
 def encode_int8(weight: Tensor) -> PackedWeight:
     """Uniform symmetric 8-bit codes with one scale per row (the convention for first and last layers).
 
-    A multi-scale encoding whose codebook is the grid -127..127.
+    A multi-scale encoding whose codebook is the grid -127/128..127/128: exact in float16, and with
+    scales as large as the weights, where float16 is precise.
     """
     matrix = weight.detach().float().cpu().reshape(weight.shape[0], -1)
-    scales = (matrix.abs().amax(1) / 127).half()
-    step = scales.float()[:, None]
+    scales = (matrix.abs().amax(1) * (128 / 127)).clamp(max=65504).half()
+    step = scales.float()[:, None] / 128
     levels = torch.where(step > 0, (matrix / step).round().clamp(-127, 127), 0.0)
     return PackedWeight.encode(
         (levels + 127).to(torch.uint8).view(-1),
-        torch.arange(-127, 128)[None],
+        torch.arange(-127, 128)[None] / 128,
         shape=tuple(weight.shape),
         bits=8,
         scales=scales,

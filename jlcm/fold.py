@@ -4,6 +4,8 @@ Uniform methods and DFQ need it. A shared codebook is usually better without: fo
 factor of its own.
 """
 
+from collections import Counter
+
 import torch
 from torch import fx, nn
 
@@ -44,24 +46,32 @@ def fold_batch_norms(model: nn.Module) -> set[str]:
             f"fold_bn needs a network that torch.fx can trace, this one fails: {reason}"
         ) from error
     modules, folded = dict(model.named_modules()), set()
+    owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
         norm = modules.get(node.target) if node.op == "call_module" else None
-        if norm is None or not is_static_norm(norm) or not isinstance(node.args[0], fx.Node):
+        if norm is None or not is_static_norm(norm) or calls.count(node.target) > 1:
             continue
-        producer = node.args[0]
+        producer = node.all_input_nodes[0] if node.all_input_nodes else node
         layer = modules.get(producer.target) if producer.op == "call_module" else None
         alone = len(producer.users) == 1 and calls.count(producer.target) == 1
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and alone:
-            _fold(layer, norm)
-            folded.add(node.target)
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and alone and _own(layer, owners):
+            if len(layer.weight) == norm.num_features:  # else it acts on another dimension
+                _fold(layer, norm)
+                folded.add(node.target)
     return folded
+
+
+def _own(layer: nn.Module, owners: Counter) -> bool:
+    """Whether weight and bias are plain parameters of this layer alone."""
+    tensors = [layer._parameters.get("weight"), layer.bias]
+    return tensors[0] is not None and all(owners[id(t)] == 1 for t in tensors if t is not None)
 
 
 def _fold(layer: nn.Module, norm: nn.Module) -> None:
     scale, shift = affine_of(norm)
     with torch.no_grad():
         rows = scale.view(-1, *[1] * (layer.weight.dim() - 1))
-        layer.weight.copy_(layer.weight * rows.to(layer.weight.dtype))
+        layer.weight.copy_(layer.weight * rows)  # in float32 if the weight has fewer bits
         bias = shift if layer.bias is None else shift + layer.bias.float() * scale
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)

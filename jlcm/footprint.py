@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from jlcm.checkpoint import load
+from jlcm.checkpoint import CheckpointError, packed_weights, read_tensors
+from jlcm.compress import Compression
 from jlcm.layers import stored_tensors
 from jlcm.packed import PackedWeight
 
@@ -84,16 +84,25 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
     Raises:
         ValueError: if the model is not compressed, or the file cannot be read.
     """
-    file_bytes = None
-    if not isinstance(model, nn.Module):
-        file_bytes = os.path.getsize(model) if Path(model).is_file() else None
-        model = load(model, verify=False)
-    if not hasattr(model, "compression"):
-        raise ValueError("only a compressed model has a footprint: call jlcm.compress first")
+    if isinstance(model, nn.Module):
+        if not isinstance(getattr(model, "compression", None), Compression):
+            raise ValueError("only a compressed model has a footprint: call jlcm.compress first")
+        file_bytes, reference_total = None, model.compression.reference_bytes
+        weights = [(n, s) for n, s in stored_tensors(model) if isinstance(s, PackedWeight)]
+        payload = sum(nbytes(b) for b in model.buffers())
+    else:
+        header, tensors = read_tensors(model, verify=False)
+        try:
+            weights = list(packed_weights(header, tensors).items())
+            reference_total = header["compression"]["reference_bytes"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{model}: is damaged: {error}") from error
+        file_bytes = os.path.getsize(model)
+        payload = sum(nbytes(t) for t in tensors.values())
     parts = dict.fromkeys(("codes", "codebooks", "scales", "orders"), 0)
     layers: dict[int, LayerFootprint] = {}
-    for name, stored in stored_tensors(model):
-        if isinstance(stored, PackedWeight) and id(stored) not in layers:
+    for name, stored in weights:
+        if id(stored) not in layers:  # shared weights are stored once
             sizes = {
                 "codes": nbytes(stored.codes),
                 "codebooks": nbytes(stored.codebooks),
@@ -102,7 +111,7 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
             }
             parts = {k: v + sizes[k] for k, v in parts.items()}
             layers[id(stored)] = _layer(name, stored, sum(sizes.values()))
-    packed, payload = sum(parts.values()), sum(nbytes(b) for b in model.buffers())
+    packed = sum(parts.values())
     reference = sum(2 * torch.Size(layer.shape).numel() for layer in layers.values())
     return Footprint(
         **parts,
@@ -111,9 +120,9 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
         header=0 if file_bytes is None else file_bytes - payload,
         file_bytes=file_bytes,
         reference_layers=reference,
-        reference_total=model.compression.reference_bytes,
+        reference_total=reference_total,
         alpha_layers=reference / packed,
-        alpha_total=model.compression.reference_bytes / (file_bytes or payload),
+        alpha_total=reference_total / (file_bytes or payload),
         layers=tuple(layers.values()),
     )
 

@@ -70,12 +70,12 @@ Stored = PackedWeight | HalfTensor | Constant
 
 
 def to_half(values: Tensor, name: str) -> Tensor:
-    """Round to float16; 16-bit tensors are kept as they are.
+    """Round to float16; 16-bit, integer and complex tensors are kept as they are.
 
     Raises:
         ValueError: if a value does not fit float16.
     """
-    if values.dtype in (torch.float16, torch.bfloat16):
+    if values.dtype in (torch.float16, torch.bfloat16) or not values.is_floating_point():
         return values.detach().clone()
     half = values.detach().to(torch.float16)
     if not half.isfinite().all():
@@ -96,9 +96,10 @@ def store(module: nn.Module, stored: dict[str, Stored]) -> None:
     Raises:
         ValueError: if the module already has an attribute named "packed" of its own.
     """
-    if STORE in module._modules:
-        raise ValueError(f"{type(module).__name__} already has a submodule {STORE!r}")
-    for name in stored:
+    if hasattr(module, STORE):
+        raise ValueError(f"{type(module).__name__} already has an attribute {STORE!r}")
+    replaced = (*stored, "_flat_weights") if isinstance(module, nn.RNNBase) else tuple(stored)
+    for name in replaced:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
         module.__dict__.pop(name, None)
@@ -109,9 +110,10 @@ def store(module: nn.Module, stored: dict[str, Stored]) -> None:
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Stored]]:
     """Every stored tensor of a compressed model with the full name it replaces.
 
-    A tensor that several modules share comes once for each of its names.
+    A tensor that several modules share comes once for each of them; a module that the model holds
+    under several names has the first.
     """
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    for module_name, module in model.named_modules():
         store_ = module._modules.get(STORE)
         if isinstance(store_, nn.ModuleDict) and hasattr(type(module), "_packed_names"):
             for name, stored in store_.items():
@@ -141,6 +143,14 @@ def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
     body = {name: reader(name) for name in names}
     body |= {"forward": forward, "_packed_names": names, "__module__": __name__}
+    if issubclass(cls, nn.Sequential | nn.ModuleList):  # the store is not one of its items
+        body["__len__"] = lambda self: len(self._modules) - 1
+        body["__iter__"] = lambda self: (m for n, m in self._modules.items() if n != STORE)
+    if issubclass(cls, nn.RNNBase):  # its forward reads this list, which would keep the originals
+        body["_flat_weights"] = property(
+            lambda self: [getattr(self, name, None) for name in self._flat_weights_names],
+            lambda self, value: None,
+        )
     return type(f"Packed{cls.__name__}", (cls,), body)
 
 

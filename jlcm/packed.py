@@ -44,7 +44,11 @@ def tile_index(
 def apply_to_bytes(module: nn.Module, fn) -> nn.Module:
     """`Module._apply` for stored buffers: moves them, never changes their dtype."""
     for name, stored in module.named_buffers(recurse=False):
-        setattr(module, name, fn(stored.contiguous().view(torch.uint8)).view(stored.dtype))
+        content = stored.reshape(-1).view(torch.uint8)  # flat, because a scalar has no byte view
+        moved = fn(content)
+        if moved.dtype != torch.uint8:  # Module.type() converts every dtype
+            moved = content.to(moved.device)
+        setattr(module, name, moved.view(stored.dtype).view(stored.shape))
     return module
 
 
@@ -112,7 +116,14 @@ class PackedWeight(nn.Module):
             scales: (groups,), rounded to float16.
             order: (n_o,) int64.
             options: tile, dtype, relative_error.
+
+        Raises:
+            ValueError: if a code has no codeword, or the parts do not fit together.
         """
+        if codes.numel() and int(codes.max()) >= codebooks.shape[-1]:
+            raise ValueError(
+                f"code {int(codes.max())} has no codeword in codebooks of {codebooks.shape[-1]}"
+            )
         return cls(
             shape=shape,
             bits=bits,
@@ -194,6 +205,8 @@ class PackedWeight(nn.Module):
         )
 
     def _check(self) -> None:
+        if self.codes is None or self.codebooks is None or self.codebooks.dim() != 2:
+            raise ValueError("a packed weight needs codes and (groups, codewords) codebooks")
         groups, codewords = self.codebooks.shape
         expected = packed_bytes(self.count, self.bits)
         if self.codes.numel() != expected:
@@ -206,5 +219,7 @@ class PackedWeight(nn.Module):
                 raise ValueError(f"{groups} codebooks for {down * across} tiles")
         elif not 1 <= groups <= max(self.count, 1):
             raise ValueError(f"{groups} codebooks for {self.count} weights")
+        if self.scales is not None and not 1 <= self.scales.numel() <= max(self.count, 1):
+            raise ValueError(f"{self.scales.numel()} scales for {self.count} weights")
         if self.order is not None and self.order.numel() != order_bytes(self.rows):
             raise ValueError(f"row order has {self.order.numel()} bytes")

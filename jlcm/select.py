@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Chooses layers: called with every submodule and its name in the model.
 Filter = Callable[[nn.Module, str], bool]
@@ -34,7 +35,7 @@ def select(model: nn.Module, filter_fn: Filter) -> dict[str, nn.Parameter]:
     A tensor that several modules share appears once, under its first name.
 
     Raises:
-        ValueError: if the filter chooses no layer.
+        ValueError: if the filter chooses no layer, or one without a weight that can be replaced.
     """
     chosen: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
@@ -54,7 +55,26 @@ def _weights(model: nn.Module, filter_fn: Filter) -> Iterator[tuple[str, nn.Para
     for name, module in model.named_modules():
         if filter_fn(module, name):
             for weight in weight_names(module):
-                yield (f"{name}.{weight}" if name else weight), getattr(module, weight)
+                full_name = f"{name}.{weight}" if name else weight
+                parameter = _own_parameter(module, weight, full_name)
+                if parameter.numel():
+                    yield full_name, parameter
+
+
+def _own_parameter(module: nn.Module, name: str, full_name: str) -> nn.Parameter:
+    parameter = module._parameters.get(name)
+    if parameter is not None and not isinstance(module, _BatchNorm):
+        return parameter
+    kind = type(module).__name__
+    if parameter is None and isinstance(getattr(module, name, None), Tensor):
+        raise ValueError(
+            f"{full_name} of {kind} is computed from other tensors (weight or spectral norm?): "
+            "make it a plain parameter first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    raise ValueError(
+        f"the filter function accepted layer {full_name.rpartition('.')[0]!r}, but {kind} has no "
+        "weight matrix; combine it with jlcm.linear_and_convolution"
+    )
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ class Data:
     train: Dataset | None = None
 
 
-def load_data(
-    data: DataConfig, preprocessing: Preprocessing, *, classes: int, seed: int
-) -> Data:
+def load_data(data: DataConfig, preprocessing: Preprocessing, *, classes: int, seed: int) -> Data:
     """Find the images and check them, without reading their pixels.
 
     `data.limit` keeps the first test images after a shuffle with `seed`, since files are usually
@@ -79,9 +77,7 @@ def load_data(
     )
 
 
-def _digits(
-    data: DigitsConfig, preprocessing: Preprocessing, *, classes: int, seed: int
-) -> Data:
+def _digits(data: DigitsConfig, preprocessing: Preprocessing, *, classes: int, seed: int) -> Data:
     """Split the digits; calibration images are not used in training."""
     if classes != CLASSES:
         raise ValueError(f"digits have {CLASSES} classes but the network has {classes}")

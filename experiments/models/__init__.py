@@ -110,7 +110,9 @@ def _check_name(model: ModelConfig) -> None:
             )
     if model.name not in names:
         close = ", ".join(difflib.get_close_matches(model.name, names)) or ", ".join(names[:3])
-        raise ValueError(f"model.name={model.name} is unknown to {model.source}, did you mean {close}?")
+        raise ValueError(
+            f"model.name={model.name} is unknown to {model.source}, did you mean {close}?"
+        )
 
 
 def _architecture(model: ModelConfig, *, classes: int, image_size: int | None) -> Architecture:

@@ -26,9 +26,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"weights {path} are not a readable safetensors file ({error})"
-        ) from error
+        raise ValueError(f"weights {path} are not a readable safetensors file ({error})") from error
     return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
 
 

@@ -208,6 +208,7 @@ def _layer(
     high = base + sums.counts[:running] - (k - clusters)
     first, last = base + clusters - 1, base + reach[:running]
     furthest = np.full(len(reach), clusters)
+    limit = bound + sums.second[sums.offsets]
     while len(lane):
         middle = (low + high) >> 1
         origin = sums.offsets[lane]
@@ -231,7 +232,7 @@ def _layer(
         best, explained = _ragged_argmax(nearest, edge, score)
         value[middle] = explained
         choice[middle] = best - origin
-        within = sums.second[middle] - sums.second[origin] - explained <= bound[lane]
+        within = sums.second[middle] - explained <= limit[lane]
         np.maximum.at(furthest, lane[within], (middle - origin)[within])
         go_left, go_right = low < middle, within & (middle < high)
         lane = np.concatenate([lane[go_left], lane[go_right]])

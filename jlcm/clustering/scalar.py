@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from jlcm.clustering.kmeans import bisecting_starts, kmeans_starts
@@ -19,7 +20,7 @@ METHODS = ("random", "kmeans", "bisecting", "spectral", "hierarchical")
 
 FP16_MAX = 65504.0
 
-_CHUNK = 1 << 17  # values clustered together: large enough for numpy, small enough for the cache
+_CHUNK = 1 << 15  # values clustered together: large enough for numpy, small enough for the cache
 _ASSIGN_CHUNK = 1 << 18
 _LONG_GROUP = 1 << 14  # mean group length above which assignment loops over groups
 
@@ -87,7 +88,8 @@ def cluster(
     chunks = _chunks(lengths)
     workers = min(len(chunks), torch.get_num_threads())
     if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
+        # One BLAS thread per worker: many small eigenproblems would wait for each other otherwise.
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
             parts = list(pool.map(codebooks_of, chunks))
     else:
         parts = [codebooks_of(chunk) for chunk in chunks]

@@ -4,22 +4,20 @@ Normalised cuts (Shi and Malik, "Normalized cuts and image segmentation", 2000) 
 rows scaled to unit length before k-means (Ng, Jordan and Weiss, "On spectral clustering", 2001):
 without that scaling the eigenvectors of heavy-tailed weights single out a few outliers and leave
 the bulk in one cluster. A full affinity matrix is out of reach for millions of weights, so each
-group is first summarised by at most 1,024
-landmarks: consecutive distinct values share a landmark, placed at their weighted mean.
+group is first summarised by at most 1,024 landmarks: consecutive distinct values share a landmark,
+placed at their weighted mean.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from jlcm.clustering.points import Points, standardise
 
 LANDMARKS = 1024
 """Most landmarks of one group."""
 
-_BATCH_ENTRIES = 1 << 22  # affinity matrix entries held at once
+_BATCH_ENTRIES = 1 << 21  # affinity matrix entries held at once
 _LLOYD_ITERATIONS = 50
 
 
@@ -28,9 +26,10 @@ def spectral_codebooks(points: Points, k: int, seed: int) -> np.ndarray:
 
     The number of landmarks is the power of two below the larger of 2 k and four times the square
     root of the group's distinct values, between 64 and `LANDMARKS`. The affinity is exp(-(x - y)^2
-    / (2 s^2)) with s the standard deviation of the group. Clusters need not be intervals of the
-    values. A group with at most k distinct values gets each of them as a codeword. Missing
-    codewords repeat the last one.
+    / (2 s^2)) with s the standard deviation of the group, times 16 / k above 16 clusters so that K
+    eigenvalues stay above rounding errors. Clusters need not be intervals of the values. A group
+    with at most k distinct values gets each of them as a codeword. Missing codewords repeat the
+    last one. Rounding in the eigenvectors can decide between nearly equal clusterings.
 
     Args:
         points: weighted distinct values of G groups.
@@ -56,18 +55,18 @@ def spectral_codebooks(points: Points, k: int, seed: int) -> np.ndarray:
 
 
 def _cluster_batch(points: Points, k: int, size: int, seed: int) -> np.ndarray:
-    x, mass, value = _landmarks(points, size)
-    embedding = _embedding(x, mass, k)
-    labels = _kmeans(embedding, mass, k, seed)
-    total = torch.zeros(len(x), k, dtype=torch.float64).scatter_add_(1, labels, mass)
-    moment = torch.zeros_like(total).scatter_add_(1, labels, mass * value)
-    means = torch.where(total > 0, moment / total, torch.inf).sort(dim=1).values
-    found = (total > 0).sum(dim=1, keepdim=True)
-    column = torch.minimum(torch.arange(k).expand_as(means), found - 1)
-    return means.gather(1, column).numpy()
+    place, mass, value = _landmarks(points, size)
+    labels = _kmeans(_embedding(place, mass, k), mass, k, seed)
+    member = _one_hot(labels, k) * mass[:, :, None]
+    total = member.sum(axis=1)
+    moment = (member * value[:, :, None]).sum(axis=1)
+    means = np.where(total > 0, moment / np.where(total > 0, total, 1.0), np.inf)
+    means.sort(axis=1)
+    found = (total > 0).sum(axis=1, keepdims=True)
+    return np.take_along_axis(means, np.minimum(np.arange(k), found - 1), axis=1)
 
 
-def _landmarks(points: Points, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _landmarks(points: Points, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Standardised places, masses (0 for padding) and values of landmarks, (G, size) each.
 
     Cells are equal parts of half the mass plus half the range: fine where values are dense, and
@@ -91,49 +90,56 @@ def _landmarks(points: Points, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
     mass = gathered(weights)
     safe = np.where(mass > 0, mass, 1.0)
-    place, value = gathered(weights * x) / safe, gathered(weights * points.values) / safe
-    return torch.from_numpy(place), torch.from_numpy(mass), torch.from_numpy(value)
+    return gathered(weights * x) / safe, mass, gathered(weights * points.values) / safe
 
 
-def _embedding(x: Tensor, mass: Tensor, k: int) -> Tensor:
+def _embedding(place: np.ndarray, mass: np.ndarray, k: int) -> np.ndarray:
     """Leading K eigenvectors of the normalised affinity, rows of unit length, (G, L, k)."""
-    affinity = torch.exp(-0.5 * (x[:, :, None] - x[:, None, :]).square())
-    degree = (affinity * mass[:, None, :]).sum(dim=2)
+    width = min(1.0, 16 / k)
+    affinity = place[:, :, None] - place[:, None, :]
+    affinity *= affinity
+    affinity *= -0.5 / width**2
+    np.exp(affinity, out=affinity)
+    degree = np.einsum("gij,gj->gi", affinity, mass)
     # sqrt(m) K sqrt(m) between landmarks has the spectrum of the affinity between all the values
     # they stand for.
-    half = (mass / degree).sqrt()
-    affinity *= half[:, :, None] * half[:, None, :]
-    # Padding decouples and goes to the bottom of the spectrum (a Gaussian kernel has no negative
-    # eigenvalue).
-    affinity.diagonal(dim1=1, dim2=2).sub_((mass == 0).double())
-    vectors = torch.linalg.eigh(affinity).eigenvectors[:, :, -k:]
-    return torch.nn.functional.normalize(vectors, dim=2)
+    half = np.sqrt(mass / degree)
+    affinity *= half[:, :, None]
+    affinity *= half[:, None, :]
+    # Padding decouples and goes to the bottom of the spectrum: a Gaussian kernel has no negative
+    # eigenvalue.
+    diagonal = np.arange(place.shape[1])
+    affinity[:, diagonal, diagonal] -= mass == 0
+    vectors = np.linalg.eigh(affinity)[1][:, :, -k:]
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-12)
 
 
-def _kmeans(points: Tensor, mass: Tensor, k: int, seed: int) -> Tensor:
+def _kmeans(points: np.ndarray, mass: np.ndarray, k: int, seed: int) -> np.ndarray:
     """Weighted k-means++ and Lloyd iterations on (G, L, d) points, labels (G, L)."""
-    draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    groups, _, width = points.shape
-    centres = torch.zeros(groups, k, width, dtype=points.dtype)
-    closest = torch.ones_like(mass)
-    for column in range(k):
-        chance = (mass * closest).cumsum(dim=1)
-        pick = torch.searchsorted(chance, draws[column] * chance[:, -1:], right=True)
-        pick = pick.clamp_max(points.shape[1] - 1)
-        centre = points.gather(1, pick[:, :, None].expand(-1, -1, width))
-        centres[:, column] = centre[:, 0]
-        distance = (points - centre).square().sum(dim=2)
-        closest = distance if column == 0 else torch.minimum(closest, distance)
+    groups, size, width = points.shape
+    centres = np.zeros((groups, k, width))
+    closest = np.ones_like(mass)
+    for column, draw in enumerate(np.random.default_rng(seed).random(k)):
+        chance = (mass * closest).cumsum(axis=1)
+        pick = (chance <= draw * chance[:, -1:]).sum(axis=1)
+        centre = points[np.arange(groups), np.minimum(pick, size - 1)]
+        centres[:, column] = centre
+        distance = np.square(points - centre[:, None, :]).sum(axis=2)
+        closest = distance if column == 0 else np.minimum(closest, distance)
     labels = None
     for _ in range(_LLOYD_ITERATIONS):
-        new = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(
-            dim=2
-        )
-        if labels is not None and torch.equal(new, labels):
+        # The squared norm of the point itself does not matter to which centre is nearest.
+        distance = np.square(centres).sum(axis=2)[:, None, :] - 2 * points @ centres.swapaxes(1, 2)
+        new = distance.argmin(axis=2)
+        if labels is not None and np.array_equal(new, labels):
             break
         labels = new
-        member = torch.nn.functional.one_hot(labels, k).to(points.dtype) * mass[:, :, None]
-        total = member.sum(dim=1)
-        moved = member.transpose(1, 2) @ points / total.clamp_min(1e-300)[:, :, None]
-        centres = torch.where((total > 0)[:, :, None], moved, centres)
+        member = _one_hot(labels, k) * mass[:, :, None]
+        total = member.sum(axis=1)[:, :, None]
+        moved = member.swapaxes(1, 2) @ points / np.where(total > 0, total, 1.0)
+        centres = np.where(total > 0, moved, centres)
     return labels
+
+
+def _one_hot(labels: np.ndarray, k: int) -> np.ndarray:
+    return (labels[:, :, None] == np.arange(k)).astype(np.float64)

@@ -1,0 +1,62 @@
+"""Write the records of finished runs as one CSV, a line per run.
+
+python scripts/export_records.py results/runs results/table3_lite.csv --where model.name=efficientnet_lite0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.records import load_records
+
+COLUMNS = {
+    "run_id": "run_id",
+    "model": "config.model.name",
+    "data": "config.data.kind",
+    "samples": "packed.samples",
+    "seed": "config.seed",
+    "init": "config.init.method",
+    "encoding": "config.encoding.kind",
+    "alpha_goal": "config.alpha",
+    "alpha_layers": "footprint.alpha_layers",
+    "alpha_total": "footprint.alpha_total",
+    "file_bytes": "footprint.file_bytes",
+    "original_top1": "original.top1",
+    "top1": "packed.top1",
+    "top1_standard_error": "packed.top1_standard_error",
+    "top5": "packed.top5",
+    "agreement": "packed.agreement",
+    "kl": "packed.kl",
+    "compress_seconds": "seconds.compress",
+}
+
+
+def main() -> None:
+    """Read records, keep those asked for, sort, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, help="folder of runs, usually results/runs")
+    parser.add_argument("output", type=Path, help="CSV to write")
+    parser.add_argument(
+        "--where", nargs="*", default=[], metavar="KEY=VALUE", help="only runs with this configuration"
+    )
+    arguments = parser.parse_args()
+    frame = pd.json_normalize(load_records(arguments.runs))
+    if frame.empty:
+        sys.exit(f"error: no record below {arguments.runs}: run something first")
+    for condition in arguments.where:
+        key, _, value = condition.partition("=")
+        if f"config.{key}" not in frame:
+            sys.exit(f"error: no record has the option {key}")
+        frame = frame[frame[f"config.{key}"].astype(str) == value]
+    if frame.empty:
+        sys.exit(f"error: no record below {arguments.runs} fits {' '.join(arguments.where)}")
+    table = frame[list(COLUMNS.values())].rename(columns={v: k for k, v in COLUMNS.items()})
+    table = table.sort_values(["model", "encoding", "alpha_goal", "init", "seed"])
+    table.to_csv(arguments.output, index=False, float_format="%.6g")
+    print(f"{len(table)} runs -> {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

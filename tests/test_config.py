@@ -1,0 +1,100 @@
+"""The command line: names, types and choices, and what a run's identity depends on."""
+
+import pytest
+from hydra import compose, initialize
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import DigitsConfig, ImageListConfig, register, run_id
+from experiments.overrides import check_overrides, one_line, valid_keys
+from experiments.runner import check_options, choose_device
+
+register()
+
+
+def composed(*overrides):
+    with initialize(version_base="1.3", config_path="../conf"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans", "bisecting", "spectral", "hierarchical"])
+def test_every_init_composes_and_is_valid(init):
+    config = OmegaConf.to_object(composed(f"init={init}"))
+    _, chosen = check_options(config)
+    assert chosen.method == init
+
+
+@pytest.mark.parametrize(
+    "encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "auto"]
+)
+def test_every_encoding_composes_and_is_valid(encoding):
+    chosen, _ = check_options(OmegaConf.to_object(composed(f"encoding={encoding}")))
+    assert chosen.kind == encoding
+
+
+def test_groups_become_their_dataclasses():
+    assert isinstance(OmegaConf.to_object(composed()).data, DigitsConfig)
+    lists = composed("data=image_list", "data.root=a", "data.list=b")
+    assert isinstance(OmegaConf.to_object(lists).data, ImageListConfig)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("alpah=3", ("alpah", "did you mean 'alpha'", "encoding")),
+        ("encoding.budgett=pooled", ("encoding.budgett", "did you mean 'budget'")),
+        ("init=foo", ("init/foo", "hierarchical", "spectral")),
+        ("model=resnet19", ("resnet19", "resnet18", "vit_b16")),
+        ("alpha=abc", ("alpha=abc", "could not be converted to Float")),
+        ("seed=1.5", ("seed=1.5", "could not be converted to Integer")),
+    ],
+)
+def test_wrong_overrides_name_the_cause_and_the_choices(argument, parts):
+    with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as error:
+        check_overrides([argument])
+    assert all(part in one_line(error.value) for part in parts)
+
+
+def test_right_overrides_pass():
+    check_overrides(["model=mobilenet_v2", "alpha=5.33", "data.limit=10", "hydra.job.name=x"])
+    check_overrides(["--multirun", "init=kmeans,random"])
+    assert "image_size" in valid_keys()["data"] and "calibration_list" in valid_keys()["data"]
+
+
+@pytest.mark.parametrize("alpha", [1, 0, -3, 16.01, "nan"])
+def test_alpha_out_of_range(alpha):
+    with pytest.raises(ValueError, match="alpha=.*must be above 1 and at most 16"):
+        check_options(OmegaConf.to_object(composed(f"alpha={alpha}")))
+
+
+@pytest.mark.parametrize(
+    ("override", "choice"),
+    [
+        ("encoding.kind=huffman", "multi_codebook"),
+        ("encoding.budget=none", "per_layer"),
+        ("encoding.first_last=fp32", "int8"),
+        ("init.method=som", "bisecting"),
+        ("init.features=mean", "quantiles"),
+        ("reorder.mode=maybe", "propagated"),
+        ("output=xml", "json"),
+    ],
+)
+def test_wrong_choices_list_the_right_ones(override, choice):
+    with pytest.raises(ValueError, match=choice):
+        check_options(OmegaConf.to_object(composed(override)))
+
+
+def test_unreachable_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="sees no GPU"):
+        choose_device("cuda")
+
+
+def test_identity_ignores_the_machine_and_nothing_else():
+    base = run_id(composed())
+    same = ("compute.batch_size=8", "force=true", "output=json", "results_dir=elsewhere")
+    different = ("alpha=5.33", "seed=1", "init=kmeans", "encoding=auto", "data.image_size=64")
+    assert {run_id(composed(o)) for o in same} == {base}
+    assert len({run_id(composed(o)) for o in different} | {base}) == len(different) + 1

@@ -1,0 +1,148 @@
+"""Whole runs on a small network: record, resume, sweep, errors. The README's commands run too."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# An untrained-looking but real network that trains on the digits in seconds.
+SMALL = ["model=timm", "model.name=test_byobnet", "data.epochs=2", "init=kmeans"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(*arguments, cache, cwd=ROOT, expect=0):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"JLCM_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode == 0) == (expect == 0), result.stderr[-3000:]
+    return result
+
+
+def last_json(result):
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    result = run(*SMALL, f"results_dir={results}", "output=json", "alpha=3.9", cache=cache)
+    return results, last_json(result)
+
+
+def test_record_is_complete_and_agrees_with_the_file(finished):
+    results, record = finished
+    assert Path(record["file"]).is_file()
+    assert record == json.loads((results / "runs" / record["run_id"] / "record.json").read_text())
+    size = record["footprint"]
+    assert size["file_bytes"] == os.path.getsize(record["file"])
+    assert size["file_bytes"] == size["header"] + size["payload"]
+    parts = size["codes"] + size["codebooks"] + size["scales"] + size["orders"]
+    assert sum(layer["nbytes"] for layer in record["layers"]) == parts
+    assert size["payload"] == parts + size["other"]
+    assert size["alpha_layers"] == pytest.approx(size["reference_layers"] / parts)
+    assert size["alpha_total"] == pytest.approx(size["reference_total"] / size["file_bytes"])
+    assert 3.9 <= size["alpha_layers"] <= 1.02 * 3.9
+    for key in ("original", "packed"):
+        assert 0 <= record[key]["top1"] <= record[key]["top5"] <= 100
+    assert 0 <= record["packed"]["agreement"] <= 100 and record["packed"]["kl"] >= 0
+    assert record["peak_rss_bytes"] > 1e8 and record["versions"]["torch"]
+    assert set(record["seconds"]) >= {"load", "compress", "save", "reload", "evaluate_packed"}
+
+
+def test_finished_run_is_skipped_unless_forced(finished, cache):
+    results, record = finished
+    path = results / "runs" / record["run_id"] / "record.json"
+    marked = record | {"notes": ["kept"]}
+    path.write_text(json.dumps(marked))
+    arguments = [*SMALL, f"results_dir={results}", "output=json", "alpha=3.9"]
+    assert last_json(run(*arguments, cache=cache))["notes"] == ["kept"]
+    again = last_json(run(*arguments, "force=true", cache=cache))
+    assert again["notes"] == record["notes"]
+    assert again["packed"] == record["packed"]  # and deterministic
+
+
+def test_unfinished_run_runs_again(finished, cache):
+    results, record = finished
+    (results / "runs" / record["run_id"] / "record.json").unlink()
+    arguments = [*SMALL, f"results_dir={results}", "output=json", "alpha=3.9"]
+    assert last_json(run(*arguments, cache=cache))["packed"] == record["packed"]
+
+
+def test_sweep_goes_on_after_a_failed_job(finished, cache):
+    results, _ = finished
+    arguments = [*SMALL, f"results_dir={results}", "-m", "alpha=3.9,99,7.5", "encoding=auto"]
+    result = run(*arguments, cache=cache, expect=1)
+    records = [json.loads(p.read_text()) for p in results.glob("runs/*/record.json")]
+    alphas = sorted(r["config"]["alpha"] for r in records if r["config"]["encoding"]["kind"] == "auto")
+    assert alphas == [3.9, 7.5]
+    assert "alpha=99.0 must be above 1 and at most 16" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alpha=17"], "must be above 1 and at most 16"),
+        (["data=imagenet", "data.root=/nonexistent"], "/nonexistent"),
+        (["data=image_list", "data.root=.", "data.list=missing.tsv"], "missing.tsv"),
+        (["model=timm", "model.name=no_such_network"], "no_such_network"),
+        (["compute.device=tpu"], "auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, cache, tmp_path):
+    small = [a for a in SMALL if not a.startswith("data.") or "data=" not in " ".join(arguments)]
+    small = [a for a in small if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
+    result = run(*small, *arguments, f"results_dir={tmp_path}", cache=cache, expect=1)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_readme_commands_compose():
+    """Each documented command parses: make targets exist, and configurations compose."""
+    commands = readme_commands()
+    assert any(c.startswith("make run") for c in commands)
+    assert any(c.startswith("make test") for c in commands)
+    for command in commands:
+        if command.startswith("make"):
+            subprocess.run([*command.split(" ARGS")[0].split(), "-n"], cwd=ROOT, check=True)
+        elif command.startswith("python run.py"):
+            words = command.replace("-m ", "").split()[2:]
+            words = [re.sub(r"(=[^,]+),.*", r"\1", w).replace("DIR", "d") for w in words]
+            subprocess.run(
+                [sys.executable, "run.py", *words, "--cfg", "job"],
+                cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+            )
+
+
+def test_readme_main_job(tmp_path_factory):
+    """The first command of the README, in this environment: a real network in a real file."""
+    results = tmp_path_factory.mktemp("main")
+    result = subprocess.run(
+        [sys.executable, "run.py", "model=resnet18", "init=hierarchical", f"results_dir={results}", "output=json"],
+        cwd=ROOT, capture_output=True, text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = last_json(result)
+    assert record["original"]["top1"] >= 98
+    assert 7.5 <= record["footprint"]["alpha_layers"] <= 1.02 * 7.5
+    assert record["footprint"]["file_bytes"] == os.path.getsize(record["file"])
