@@ -1,0 +1,1 @@
+"""Everything that turns the library into records: configuration, models, data, runs."""

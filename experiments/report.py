@@ -17,8 +17,8 @@ def as_text(record: dict[str, Any]) -> str:
         f"{'packed':<14}{packed['top1']:>10.2f}{packed['top5']:>10.2f}"
         f"{packed['agreement']:>10.2f}{packed['kl']:>10.4f}{size['file_bytes']:>14,}",
         "",
-        f"{config['model']['name']} on {config['data']['kind']} ({original['samples']} test samples)"
-        f", init {config['init']['method']}, {config['encoding']['kind']}",
+        f"{config['model']['name']} on {config['data']['kind']}, {original['samples']} images, "
+        f"init {config['init']['method']}, {config['encoding']['kind']}",
         f"alpha: goal {config['alpha']:g}, compressed layers {size['alpha_layers']:.3f}, "
         f"whole file {size['alpha_total']:.3f}",
         f"seconds: {', '.join(f'{k} {v:.1f}' for k, v in record['seconds'].items())}; "

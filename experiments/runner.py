@@ -19,7 +19,7 @@ from torch import Tensor
 
 import jlcm
 from experiments.config import Config
-from experiments.data import Data, load_data
+from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.models import Network, load_network
 from experiments.records import read_record, write_record
@@ -49,6 +49,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
     device = choose_device(config.compute.device)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
+    check_files(config.data)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         network = load_network(config.model, config.data, seed=config.seed, device=device)

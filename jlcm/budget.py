@@ -1,9 +1,10 @@
 """From the one hyper-parameter alpha to bits and bytes of every tensor (Eq. 3).
 
-Sizes are in bytes of the packed file. Eq. 3 counts codebooks exactly for several codebooks but leaves the one
-codebook out for several scales; here everything that is stored is counted. Because small tensors cannot pay for
-even one codebook from their own share, the budget is pooled over the model: each tensor gets what it cannot do
-without, and the rest is shared in proportion to the number of weights.
+Sizes are in bytes of the packed file. Eq. 3 counts codebooks exactly for several codebooks but
+leaves the one codebook out for several scales; here everything that is stored is counted. Because
+small tensors cannot pay for even one codebook from their own share, the budget is pooled over the
+model: each tensor gets what it cannot do without, and the rest is shared in proportion to the
+number of weights.
 """
 
 import math
@@ -106,7 +107,7 @@ def allocate(
         encoding: kind, tile and budget rule.
 
     Returns:
-        An allocation per tensor. With the pooled budget their bytes together are at most the goal's.
+        An allocation per tensor. The pooled budget's bytes together are at most the goal's.
         Where the codes at floor(16 / alpha) bits and one codebook each do not fit (16 / alpha an
         integer, or very small tensors), some tensors get fewer bits: as few tensors, and as small
         ones, as suffice, the first and the last tensor only when no other is left.
@@ -166,8 +167,8 @@ def _demote_until_fits(
         else:
             reached = 2 * sum(p.count for p in plans.values()) / (budget + missing)
             raise Invalid(
-                f"alpha={alpha:g} cannot be reached with encoding={encoding.kind}: even one-bit codes "
-                f"with the codebooks that it needs reach {math.floor(1000 * reached) / 1000:g}"
+                f"alpha={alpha:g} cannot be reached with encoding={encoding.kind}: one-bit "
+                f"codes and the codebooks they need reach {math.floor(1000 * reached) / 1000:g}"
             )
         most = max(plans[n].bits for n in candidates)
         candidates = [n for n in candidates if plans[n].bits == most]

@@ -1,4 +1,4 @@
-"""The whole data-free method: select -> budget -> re-order -> cluster and encode -> pack (Eq. 1 to 4)."""
+"""The data-free method: select -> budget -> re-order -> cluster and encode -> pack (Eq. 1 to 4)."""
 
 import copy
 from dataclasses import asdict, dataclass, field
@@ -60,13 +60,14 @@ def compress(
     """Compress a network's weights into codebooks, without data.
 
     Args:
-        model: any network. It is compressed for inference: batch norms must have running statistics.
-        alpha: goal, above 1 and at most 16: fp16 bytes of the chosen tensors over their packed bytes.
+        model: any network; it is compressed for inference.
+        alpha: goal, above 1 and at most 16: fp16 bytes of the chosen tensors over their packed
+            bytes.
         init: clustering method, or its options.
         encoding: kind of encoding, or its options.
         reorder: "auto" (propagate orders into the layers that follow where that is legal, and store
-            an order elsewhere if it lowers the error at equal bytes), "propagated", "stored" (always
-            store where the bytes allow) or "none".
+            an order elsewhere if it lowers the error at equal bytes), "propagated", "stored"
+            (always store where the bytes allow) or "none".
         filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
             MultiheadAttention.
         importance: non-negative weights of the squared errors (squared gradients, a diagonal
@@ -82,8 +83,8 @@ def compress(
 
     Raises:
         Invalid: (a ValueError) for an option out of range, or a goal that cannot be reached.
-        ValueError: no layer selected, NaN or Inf in a tensor, values beyond float16, a model that is
-            already compressed, importance of a wrong name or shape.
+        ValueError: no layer selected, NaN or Inf in a tensor, values beyond float16, a model that
+            is already compressed, importance of a wrong name or shape.
     """
     alpha = check_alpha(alpha)
     init = Init(method=init) if isinstance(init, str) else init
@@ -149,7 +150,7 @@ def compress(
 
 
 def reference_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and floating buffers at 16 bits, the size that alpha_total refers to."""
+    """Bytes of all parameters and floating buffers at 16 bits: what alpha_total refers to."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(2 * t.numel() for t in tensors if t.is_floating_point())
 
@@ -195,7 +196,7 @@ def _check_importance(
 def _propagate(
     model, example_inputs, allocations, encoding, init, importance, seed, progress
 ) -> set[str]:
-    """Re-order every producer whose order can be moved into its consumers; names of their tensors."""
+    """Re-order producers whose order can be moved into their consumers; names of the tensors."""
     kind, moved = kinds(encoding)[0], set()
     groups = permutation_groups(model, example_inputs)
     tensors = dict(model.named_parameters())

@@ -59,8 +59,8 @@ def encode(
 ) -> PackedWeight:
     """Encode one weight.
 
-    Several candidates (encodings under auto; with and without a stored row order) are compared at equal
-    bytes by their squared error, weighted by the importance; the best is returned.
+    Several candidates (encodings under auto; with and without a stored row order) are compared at
+    equal bytes by their squared error, weighted by the importance; the best is returned.
 
     Args:
         weight: any shape, rows first, finite.
@@ -107,7 +107,7 @@ def encode(
 
 
 def relative_error(squared: Tensor, matrix: Tensor) -> float:
-    """||error|| / ||matrix|| from the summed squared error; 0 for an all-zero matrix kept exactly."""
+    """||error|| / ||matrix|| from the summed squared error; 0 for zeros kept exactly."""
     return float((squared / matrix.double().square().sum().clamp(min=1e-300)).sqrt())
 
 
@@ -172,7 +172,7 @@ def _least_squares_scales(flat: Tensor, packed: PackedWeight, importance: Tensor
 
 
 def encode_int8(weight: Tensor) -> PackedWeight:
-    """Uniform symmetric 8-bit codes with one scale per row (the convention for first and last layers).
+    """Uniform symmetric 8-bit codes with one scale per row, the convention for the ends.
 
     A multi-scale encoding whose codebook is the grid -127/128..127/128: exact in float16, and with
     scales as large as the weights, where float16 is precise.

@@ -1,7 +1,7 @@
 """Fold batch norms into the layers before them.
 
-Uniform methods and DFQ need it. A shared codebook is usually better without: folding multiplies every row by a
-factor of its own.
+Uniform methods and DFQ need it. A shared codebook is usually better without: folding multiplies
+every row by a factor of its own.
 """
 
 from collections import Counter

@@ -1,13 +1,13 @@
 """Layers that stay packed in memory and decode when they run.
 
-`store` turns a module into one whose tensors are read through properties: the module keeps its class's
-`forward`, but its `weight` is decoded when it is asked for and dropped when the forward ends. That serves
-every layer type alike (Linear, convolutions, MultiheadAttention, timm's and transformers' subclasses), and
-never more than one layer's weights exist at a time.
+`store` turns a module into one whose tensors are read through properties: the module keeps its
+class's `forward`, but its `weight` is decoded when it is asked for and dropped when the forward
+ends. That serves every layer type alike (Linear, convolutions, MultiheadAttention, timm's and
+transformers' subclasses), and never more than one layer's weights exist at a time.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def to_half(values: Tensor, name: str) -> Tensor:
     half = values.detach().to(torch.float16)
     if not half.isfinite().all():
         raise ValueError(
-            f"tensor {name!r} has values beyond 65504, the range of float16: rescale the network first"
+            f"tensor {name!r} has values beyond 65504, the range of float16: rescale the network"
         )
     return half
 
@@ -120,7 +120,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Stored]]:
                 yield (f"{module_name}.{name}" if module_name else name), stored
 
 
-@lru_cache(maxsize=None)
+@cache
 def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         # Some forwards ask for a weight several times (MultiheadAttention does): decode once.

@@ -1,8 +1,9 @@
 """One packed tensor type for every encoding.
 
-A weight W of n_o rows (output neurons) is stored as fixed-width codes, one or several codebooks and,
-optionally, scales and an order of its rows. Which codebook and which scale serve a weight follows from its
-position, so no index of them is stored (Eq. 2 and 4). The encodings of the paper are presets:
+A weight W of n_o rows (output neurons) is stored as fixed-width codes, one or several codebooks
+and, optionally, scales and an order of its rows. Which codebook and which scale serve a weight
+follows from its position, so no index of them is stored (Eq. 2 and 4). The encodings of the paper
+are presets:
 
 | encoding       | codebooks        | scales           |
 |----------------|------------------|------------------|
@@ -11,8 +12,8 @@ position, so no index of them is stored (Eq. 2 and 4). The encodings of the pape
 | one per row    | n_o flat groups  | none             |
 | tiles (LUT-B)  | rows x cols each | none             |
 
-Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after another. With
-k < n_o a group spans rows, with k > n_o a row holds several groups.
+Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after
+another. With k < n_o a group spans rows, with k > n_o a row holds several groups.
 """
 
 import torch
@@ -22,7 +23,7 @@ from jlcm.packing import order_bytes, pack, pack_order, packed_bytes, unpack, un
 
 
 def group_sizes(count: int, groups: int) -> Tensor:
-    """Lengths of the flat groups: (groups,) int64, summing to `count`, none empty if groups <= count."""
+    """Lengths of flat groups: (groups,) int64, summing to `count`; none is empty."""
     starts = -(-torch.arange(groups + 1, dtype=torch.int64) * count // groups)  # ceil(g * N / k)
     return starts.diff()
 

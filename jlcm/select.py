@@ -22,7 +22,7 @@ def with_embeddings(module: nn.Module, name: str) -> bool:
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's own weight matrices: rows are output neurons (tokens of an Embedding)."""
+    """Names of the module's own weight matrices, whose rows are output neurons (or tokens)."""
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return tuple(n for n in names if getattr(module, n) is not None)

@@ -1,6 +1,6 @@
 """Write the records of finished runs as one CSV, a line per run.
 
-python scripts/export_records.py results/runs results/table3_lite.csv --where model.name=efficientnet_lite0
+python scripts/export_records.py results/runs table.csv --where model.name=resnet18
 """
 
 import argparse
@@ -39,7 +39,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of runs, usually results/runs")
     parser.add_argument("output", type=Path, help="CSV to write")
     parser.add_argument(
-        "--where", nargs="*", default=[], metavar="KEY=VALUE", help="only runs with this configuration"
+        "--where",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this configuration",
     )
     arguments = parser.parse_args()
     frame = pd.json_normalize(load_records(arguments.runs))

@@ -25,9 +25,7 @@ def test_every_init_composes_and_is_valid(init):
     assert chosen.method == init
 
 
-@pytest.mark.parametrize(
-    "encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "auto"]
-)
+@pytest.mark.parametrize("encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "auto"])
 def test_every_encoding_composes_and_is_valid(encoding):
     chosen, _ = check_options(OmegaConf.to_object(composed(f"encoding={encoding}")))
     assert chosen.kind == encoding

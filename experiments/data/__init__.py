@@ -1,5 +1,6 @@
 """Data sets of the experiments: what networks are calibrated on and what they are tested on."""
 
+import sys
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
@@ -8,6 +9,7 @@ from experiments.config import DataConfig, DigitsConfig, ImageFolderConfig, Imag
 from experiments.data.digits import CLASSES, digits_images, split_digits
 from experiments.data.images import (
     ImageFiles,
+    existing_folder,
     folder_samples,
     list_samples,
     refuse_overlap,
@@ -15,7 +17,7 @@ from experiments.data.images import (
 )
 from experiments.data.preprocessing import Preprocessing, image_transform
 
-__all__ = ["Data", "Preprocessing", "load_data"]
+__all__ = ["Data", "Preprocessing", "check_files", "load_data"]
 
 
 @dataclass(kw_only=True)
@@ -75,6 +77,20 @@ def load_data(data: DataConfig, preprocessing: Preprocessing, *, classes: int, s
         test=ImageFiles(take(test, data.limit, seed=seed), transform),
         classes=classes,
     )
+
+
+def check_files(data: DataConfig) -> None:
+    """Check that folders and lists exist, before a network is fetched or trained.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_data`.
+    """
+    match data:
+        case ImageFolderConfig():
+            existing_folder(data.root, "data.root")
+        case ImageListConfig():
+            list_samples(data.root, data.list, classes=sys.maxsize, options="data.")
+            _calibration_list(data, classes=sys.maxsize)
 
 
 def _digits(data: DigitsConfig, preprocessing: Preprocessing, *, classes: int, seed: int) -> Data:

@@ -76,7 +76,7 @@ def folder_samples(root: str, part: str, *, classes: int) -> list[Sample]:
     declare_missing_operators()
     from torchvision.datasets import ImageFolder
 
-    folder = _existing_folder(root, "data.root") / part
+    folder = existing_folder(root, "data.root") / part
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} does not exist: data.root must hold train/ and val/ with a folder per class"
@@ -111,7 +111,7 @@ def list_samples(root: str, list_file: str, *, classes: int, options: str) -> li
         FileNotFoundError: the list, the folder or an image is missing.
         ValueError: a line is malformed, a label is out of range, or the list is empty.
     """
-    folder, source = _existing_folder(root, f"{options}root"), Path(list_file)
+    folder, source = existing_folder(root, f"{options}root"), Path(list_file)
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: set {options}list to a labelled list")
     samples: list[Sample] = []
@@ -143,7 +143,7 @@ def _parse(line: str, folder: Path, *, where: str, classes: int) -> Sample:
     return str(path), label
 
 
-def _existing_folder(path: str, option: str) -> Path:
+def existing_folder(path: str, option: str) -> Path:
     """Check that a folder is there and not empty."""
     folder = Path(path)
     if not folder.is_dir():
