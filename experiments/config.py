@@ -90,9 +90,15 @@ class ReorderConfig:
 
 @dataclass(kw_only=True)
 class LearnConfig:
-    """Learning after the initialisation."""
+    """Learning after the initialisation: layer by layer, then end to end.
+
+    `options` and `distill` are fields of `jlcm.Learn` and `jlcm.Distill`; `distill` null leaves the
+    second stage out.
+    """
 
     kind: str = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)

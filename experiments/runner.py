@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 import jlcm
 from experiments.config import Config
@@ -44,6 +46,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     encoding, init = check_options(config)
+    learn, distill = learning_options(config)
     if not config.force and (record := read_record(folder)) is not None:
         return record
     device = choose_device(config.compute.device)
@@ -64,7 +67,12 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
             encoding=encoding,
             reorder=config.reorder.mode,
             example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
+            calibration=_calibration_images(data) if learn or distill else None,
+            learn=learn,
+            distill=distill,
+            folder=folder / "learning",
             seed=config.seed,
+            device=device,
         )
     path = folder / PACKED_FILE
     with _timed(seconds, "save"):
@@ -89,8 +97,10 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         "versions": versions(),
         "notes": compressed.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
+        "learning": [asdict(result) for result in compressed.learning],
     }
     write_record(folder, record)
+    shutil.rmtree(folder / "learning", ignore_errors=True)  # only needed to go on after a stop
     return read_record(folder)
 
 
@@ -103,7 +113,6 @@ def check_options(config: Config) -> tuple[jlcm.Encoding, jlcm.Init]:
     check_alpha(config.alpha)
     check_choice("reorder", config.reorder.mode, REORDERINGS)
     check_choice("output", config.output, ("table", "json"))
-    check_choice("learn", config.learn.kind, ("none",))
     check_choice("tracking", config.tracking.mode, ("off",))
     if config.compute.batch_size < 1 or config.compute.workers < 0:
         raise Invalid("compute.batch_size must be at least 1 and compute.workers at least 0")
@@ -117,6 +126,32 @@ def check_options(config: Config) -> tuple[jlcm.Encoding, jlcm.Init]:
         refit_scales=config.encoding.refit_scales,
     )
     return encoding, jlcm.Init(method=config.init.method, features=config.init.features)
+
+
+def learning_options(config: Config) -> tuple[jlcm.Learn | None, jlcm.Distill | None]:
+    """The two stages of learning, None where one is left out.
+
+    Raises:
+        Invalid: (a ValueError) for an option that does not exist or is out of range.
+    """
+    try:
+        learn = jlcm.Learn(kind=config.learn.kind, **_tuples(config.learn.options))
+        distill = config.learn.distill
+        distill = None if distill is None else jlcm.Distill(**_tuples(distill))
+    except TypeError as error:  # an unknown field of the dataclass
+        raise Invalid(f"learn: {error}") from error
+    return None if learn.kind == "none" else learn, distill
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
+def _calibration_images(data: Data) -> Tensor:
+    """Calibration images as one tensor; labels are left behind."""
+    if data.calibration is None:
+        raise Invalid("learning needs calibration images: set data.calibration_list, or learn=none")
+    return torch.stack([image for image, _ in tqdm(data.calibration, "calibration", leave=False)])
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,9 +1,12 @@
-"""The data-free method: select -> budget -> re-order -> cluster and encode -> pack (Eq. 1 to 4)."""
+"""The whole method: select -> budget -> re-order -> cluster and encode -> pack -> learn."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +24,10 @@ from jlcm.layers import (
     stored_tensors,
     to_half,
 )
+from jlcm.learning.distill import Distill
+from jlcm.learning.distill import distill as run_distill
+from jlcm.learning.options import Learn
+from jlcm.learning.sequential import learn_layers
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
@@ -53,11 +60,16 @@ def compress(
     filter_fn: Filter = linear_and_convolution,
     importance: dict[str, Tensor] | None = None,
     example_inputs: Any = None,
+    calibration: Sequence[Tensor] | Tensor | None = None,
+    learn: Learn | None = None,
+    distill: Distill | None = None,
+    folder: Path | None = None,
     seed: int = 0,
     inplace: bool = False,
+    device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> nn.Module:
-    """Compress a network's weights into codebooks, without data.
+    """Compress a network's weights into codebooks, without data or with unlabelled inputs.
 
     Args:
         model: any network; it is compressed for inference.
@@ -74,17 +86,24 @@ def compress(
             Hessian), by name of the tensor, same shape; missing tensors count evenly.
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
             orders can be propagated. Without it orders are only stored.
-        seed: of the clustering.
+        calibration: unlabelled inputs, (n, ...) or batches of them, for `learn` and `distill`.
+        learn: learn codebooks and codes layer by layer (Eq. 5 to 9); None to leave it out.
+        distill: then tune the network end to end; None to leave it out.
+        folder: where learning keeps what is finished, so that an interrupted call goes on there.
+        seed: of the clustering and the learning.
         inplace: use up `model` in place of a copy.
+        device: where learning runs.
         progress: show a progress bar.
 
     Returns:
         The compressed network, in evaluation mode. Its layers hold codes and decode when they run.
+        `model.learning` lists what learning did to each layer, then the result of distillation.
 
     Raises:
         Invalid: (a ValueError) for an option out of range, or a goal that cannot be reached.
         ValueError: no layer selected, NaN or Inf in a tensor, values beyond float16, a model that
-            is already compressed, importance of a wrong name or shape.
+            is already compressed, importance of a wrong name or shape, learning without
+            calibration inputs.
     """
     alpha = check_alpha(alpha)
     init = Init(method=init) if isinstance(init, str) else init
@@ -92,6 +111,8 @@ def compress(
     check_choice("reorder", reorder, REORDERINGS)
     if reorder == "propagated" and example_inputs is None:
         raise Invalid("reorder=propagated needs example_inputs to trace the network with")
+    if (learn or distill) and calibration is None:
+        raise Invalid("learning needs calibration inputs: pass calibration=")
     _check_model(model)
     select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
@@ -144,9 +165,25 @@ def compress(
             always_store_order=reorder == "stored",
             seed=seed,
         )
+    reference = copy.deepcopy(model) if learn or distill else None
     _pack(model, packed, folded)
-    model.compression = summary
+    model.compression, model.learning = summary, []
+    stage = {"seed": seed, "device": device, "progress": progress}
+    if learn:
+        layers = _part(folder, "layers")
+        model.learning += learn_layers(
+            model, reference, calibration, options=learn, folder=layers, **stage
+        )
+    if distill:
+        end = _part(folder, "distill")
+        model.learning.append(
+            run_distill(model, reference, calibration, options=distill, folder=end, **stage)
+        )
     return model
+
+
+def _part(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else Path(folder) / name
 
 
 def reference_bytes(model: nn.Module) -> int:

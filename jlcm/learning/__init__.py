@@ -1,0 +1,1 @@
+"""Learning on calibration data: layer by layer, then end to end."""

@@ -1,0 +1,334 @@
+"""What each layer sees on the calibration inputs, in the compressed network and in its reference.
+
+Both networks run side by side, layer by layer in forward order. Where torch.fx can trace the
+network, activations are kept at the last layer whose live tensors fit in memory and only the nodes
+after it run again; elsewhere both networks run from their inputs for every layer.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from jlcm.layers import STORE, HalfTensor, is_static_norm
+from jlcm.learning.products import Product, output_columns, product_of
+from jlcm.packed import PackedWeight
+
+#: Activations that treat every element alike, so that sampled columns suffice.
+_ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
+    nn.Sigmoid, nn.Tanh, nn.Mish, nn.Softplus, nn.Hardsigmoid,
+)  # fmt: skip
+_ELEMENTWISE_NAMES = {
+    "relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu",
+    "sigmoid", "tanh", "mish", "softplus", "hardsigmoid",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed weight and its place in the network.
+
+    Attributes:
+        name: full name of the tensor.
+        module: name of the module that is called.
+        norm: name of the batch norm that alone follows, None if there is none.
+        folded: whether that norm is folded into the packed weight and applies nothing there.
+        activation: elementwise function that directly follows (the norm), None if there is none.
+        position: in the traced graph, or 0.
+    """
+
+    name: str
+    module: str
+    norm: str | None = None
+    folded: bool = False
+    activation: Callable[[Tensor], Tensor] | None = None
+    position: int = 0
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        parts = [child for child, _ in module.named_children() if child != STORE]
+        return is_static_norm(module) or not parts or super().is_leaf_module(module, name)
+
+
+class _Stop(Exception):
+    """Carries the arguments of a module out of a forward that needs to go no further."""
+
+
+class Calibration:
+    """Runs both networks on the calibration inputs.
+
+    Attributes:
+        layers: packed weights in forward order.
+        skipped: reason by name of each packed weight that cannot be learned.
+    """
+
+    def __init__(
+        self,
+        packed: nn.Module,
+        reference: nn.Module,
+        batches: Sequence[Tensor] | Tensor,
+        *,
+        forward_batch: int,
+        memory: int,
+        positions: int,
+        held_out: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Trace the networks and list their layers.
+
+        Args:
+            packed: compressed network.
+            reference: its full-precision twin.
+            batches: calibration inputs, first dimension the inputs of a batch.
+            forward_batch: inputs that run at once.
+            memory: bytes of activations kept in both networks together.
+            positions: columns sampled per input.
+            held_out: part of the inputs that is told apart.
+            seed: of the sampling.
+            device: where the networks are.
+
+        Raises:
+            ValueError: too few calibration inputs, or not finite ones.
+        """
+        self.packed, self.reference, self.device = packed, reference, device
+        self.memory, self.positions, self.seed = memory, positions, seed
+        self.inputs = _split(batches, forward_batch)
+        self.every = max(2, round(1 / held_out))
+        count = sum(len(batch) for batch in self.inputs)
+        if count < self.every:
+            raise ValueError(
+                f"{count} calibration inputs are too few: at least {self.every} are needed to hold "
+                f"out a part of {held_out}"
+            )
+        self._modules = dict(packed.named_modules()), dict(reference.named_modules())
+        self._trace()
+        self.layers, self.skipped = self._find_layers()
+
+    def pairs(self, index: int) -> Iterator[tuple[Product, Tensor, Tensor]]:
+        """Inputs of the compressed layer and outputs of the reference's, batch by batch.
+
+        Args:
+            index: of the layer in `layers`.
+
+        Yields:
+            The inputs as columns (inputs, groups, n, positions), the reference's outputs
+            (inputs, groups, rows, positions), and (inputs,) bool: which are held out.
+
+        Raises:
+            NotImplementedError: the layer is not a plain matrix product or convolution.
+        """
+        layer, start = self.layers[index], 0
+        packed, reference = (modules[layer.module] for modules in self._modules)
+        for number, arguments in enumerate(self._arguments(layer)):
+            size = len(self.inputs[number])
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index * 1009 + number)
+            (args, kwargs), (reference_args, reference_kwargs) = arguments
+            product = product_of(layer.name, packed, args, kwargs)
+            outputs = output_columns(layer.name, reference, reference_args, reference_kwargs)
+            chosen = product.sample(self.positions, size, generator)
+            held = (torch.arange(start, start + size) % self.every) == self.every - 1
+            start += size
+            yield product.columns(chosen, size), product.outputs(outputs, chosen, size), held
+
+    def _trace(self) -> None:
+        try:
+            graph = _Tracer().trace(self.reference)
+        except Exception:  # torch.fx raises many types; the slower way needs no graph
+            self.nodes = None
+            return
+        self.nodes = [n for n in graph.nodes if n.op != "output"]
+        output = next(n for n in graph.nodes if n.op == "output")
+        self._place = {node: i for i, node in enumerate(self.nodes)}
+        self._last = {
+            node: max((self._place.get(u, len(self.nodes)) for u in node.users), default=-1)
+            for node in self.nodes
+        }
+        self._output = output
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        self._kept_at = 0
+        self._kept = [
+            tuple({inputs[0]: batch} | {n: n.args[0] for n in inputs[1:] if n.args} for _ in "pr")
+            for batch in self.inputs
+        ]
+        try:
+            for model in range(2):
+                env = dict(self._kept[0][model])
+                small = {k: v[:1] if isinstance(v, Tensor) else v for k, v in env.items()}
+                self._run(model, self._to_device(small), 0, len(self.nodes))
+        except Exception:  # e.g. a traced branch that the inputs do not take
+            self.nodes = None
+
+    def _find_layers(self) -> tuple[list[Layer], dict[str, str]]:
+        stored = {}
+        for name, module in self.packed.named_modules():
+            for tensor, held in getattr(module._modules.get(STORE), "items", dict)():
+                if isinstance(held, PackedWeight):
+                    stored.setdefault(name, []).append((tensor, held))
+        calls = self._calls()
+        counts = Counter(name for name, _ in calls)
+        layers, skipped, seen = [], {}, set()
+        for module, position in calls:
+            names = [module] if module in stored else []
+            if isinstance(self._modules[0][module], nn.MultiheadAttention):
+                names.append(f"{module}.out_proj")
+            for owner in names:
+                for tensor, held in stored.get(owner, []):
+                    full = f"{owner}.{tensor}" if owner else tensor
+                    if id(held) in seen:
+                        continue
+                    seen.add(id(held))
+                    following: tuple = (None, False, None)
+                    if owner == module and counts[module] == 1:
+                        following = self._following(position, counts)
+                    layers.append(Layer(full, module, *following, position))
+        for owner, tensors in stored.items():
+            for tensor, held in tensors:
+                if id(held) not in seen:
+                    skipped[f"{owner}.{tensor}"] = "it does not run on the calibration inputs"
+        return layers, skipped
+
+    def _calls(self) -> list[tuple[str, int]]:
+        """Modules in the order of their calls, with their places in the graph."""
+        if self.nodes is not None:
+            return [(n.target, i) for i, n in enumerate(self.nodes) if n.op == "call_module"]
+        calls: list[tuple[str, int]] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append((name, 0)))
+            for name, module in self.reference.named_modules()
+        ]
+        try:
+            self.reference(self.inputs[0][:1].to(self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls
+
+    def _following(self, position: int, counts: Counter) -> tuple[str | None, bool, Any]:
+        """Norm, whether it is folded, and activation that alone read the output of a node."""
+        if self.nodes is None:
+            return None, False, None
+        norm, folded, node = None, False, _only_user(self.nodes[position])
+        if node is not None and node.op == "call_module" and counts[node.target] == 1:
+            held = self._modules[0][node.target]._modules.get(STORE)
+            module = self._modules[1][node.target]
+            if is_static_norm(module):
+                norm = node.target
+                folded = held is not None and not isinstance(held["weight"], HalfTensor)
+                inner = getattr(module, "act", None)  # timm's norms carry their activation
+                if inner is not None and not isinstance(inner, nn.Identity):
+                    return norm, folded, inner if isinstance(inner, _ELEMENTWISE) else None
+                node = _only_user(node)
+        return norm, folded, None if node is None else self._elementwise(node)
+
+    def _elementwise(self, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+        if node.op == "call_module":
+            module = self._modules[1][node.target]
+            return module if isinstance(module, _ELEMENTWISE) else None
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        constant = not any(isinstance(a, fx.Node) for a in node.args[1:])
+        if name not in _ELEMENTWISE_NAMES or not constant:
+            return None
+        rest, kwargs = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        if node.op == "call_method":
+            return lambda values: getattr(values, name)(*rest, **kwargs)
+        return lambda values: node.target(values, *rest, **kwargs)
+
+    def _arguments(self, layer: Layer) -> Iterator[tuple[tuple[tuple, dict], ...]]:
+        """Arguments of a layer's module in (compressed, reference) network, batch by batch."""
+        if self.nodes is None:
+            for batch in self.inputs:
+                yield tuple(self._stopped(model, layer.module, batch) for model in range(2))
+            return
+        keep, start, node = True, self._kept_at, self.nodes[layer.position]
+        for number in range(len(self.inputs)):
+            found, states = [], []
+            for model in range(2):
+                env = self._to_device(dict(self._kept[number][model]))
+                self._run(model, env, start, layer.position)
+                args, kwargs = (self._resolve(model, a, env) for a in (node.args, node.kwargs))
+                found.append((args, kwargs))
+                states.append(self._live(env, layer.position))
+            if number == 0:
+                size = sum(_bytes(v) for state in states for v in state.values())
+                keep = size * len(self.inputs) <= self.memory
+            if keep:
+                self._kept[number] = tuple(self._off_device(s) for s in states)
+            yield tuple(found)
+        if keep:
+            self._kept_at = layer.position
+
+    def _run(self, model: int, env: dict, start: int, stop: int) -> None:
+        """Run the nodes from `start` up to `stop`, dropping what is not used any more."""
+        for i in range(start, stop):
+            node = self.nodes[i]
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            args, kwargs = (self._resolve(model, a, env) for a in (node.args, node.kwargs))
+            if node.op == "call_module":
+                env[node] = self._modules[model][node.target](*args, **kwargs)
+            elif node.op == "call_method":
+                env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                env[node] = node.target(*args, **kwargs)
+            for used in [n for n in env if self._last[n] <= i]:
+                del env[used]
+
+    def _resolve(self, model: int, arguments: Any, env: dict) -> Any:
+        def value(node: fx.Node) -> Any:
+            if node.op != "get_attr":
+                return env[node]
+            owner, _, name = node.target.rpartition(".")
+            return getattr(self._modules[model][owner], name)
+
+        return map_arg(arguments, value)
+
+    def _live(self, env: dict, position: int) -> dict:
+        return {node: value for node, value in env.items() if self._last[node] >= position}
+
+    def _to_device(self, env: dict) -> dict:
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in env.items()}
+
+    def _off_device(self, env: dict) -> dict:
+        return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in env.items()}
+
+    def _stopped(self, model: int, name: str, batch: Tensor) -> tuple[tuple, dict]:
+        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            raise _Stop(args, kwargs)
+
+        module = self._modules[model][name]
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            (self.packed, self.reference)[model](batch.to(self.device))
+        except _Stop as stopped:
+            return stopped.args
+        finally:
+            hook.remove()
+        raise NotImplementedError("it does not run on every calibration batch")
+
+
+def _split(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:
+    batches = [batches] if isinstance(batches, Tensor) else list(batches)
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Tensor) or batch.dim() < 1:
+            raise ValueError(f"calibration batch {number} is not a tensor of inputs")
+        if batch.is_floating_point() and not batch.isfinite().all():
+            raise ValueError(f"calibration batch {number} has NaN or infinite values")
+    parts = [part for batch in batches for part in batch.split(size) if len(part)]
+    if not parts:
+        raise ValueError("the calibration set is empty")
+    return parts
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -1,0 +1,433 @@
+"""End-to-end distillation: tune a compressed network to its original's outputs, without labels.
+
+Everything that costs no bytes to change is trained together, by the Kullback-Leibler divergence of
+the network's output distribution from the original's (Hinton, Vinyals and Dean, "Distilling the
+knowledge in a neural network", 2015): codebooks, scales, biases and norms, and optionally the
+codes, whose latent values move by the straight-through gradient (Bengio, Leonard and Courville,
+2013). The stage is ours, beyond the paper.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jlcm.config import Invalid, check_choice
+from jlcm.layers import stored_tensors
+from jlcm.learning.forward import (
+    EVALUATION_BATCH,
+    PRECISIONS,
+    augment,
+    divergence,
+    logits_of,
+    outputs_of,
+    precision,
+    to_device,
+)
+from jlcm.learning.trainable import trainable_copy
+from jlcm.packed import PackedWeight
+from jlcm.packing import unpack
+
+CHECKPOINT = "distill.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """How a compressed network is tuned end to end.
+
+    Attributes:
+        epochs: passes over the training part of the calibration inputs, 0 to leave the stage out.
+        batch_size: inputs of a step.
+        lr: peak learning rate of codebooks and scales, relative to their root mean square.
+        lr_vectors: of biases and norms, relative to their root mean square.
+        lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
+            runs on a ResNet-18, moving them from the start was worse than keeping them.
+        codes_start: share of the training, from its beginning, during which the codes stay.
+        temperature: of both output distributions.
+        flip: mirror images at random, left to right.
+        crop: side in pixels of random windows of the images that are trained on, None for whole
+            images. The original sees the same windows.
+        holdout: share of the inputs that only select the best epoch.
+        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+    """
+
+    epochs: int = 12
+    batch_size: int = 32
+    lr: float = 3e-3
+    lr_vectors: float = 3e-3
+    lr_codes: float = 0.0
+    codes_start: float = 0.25
+    temperature: float = 1.0
+    flip: bool = True
+    crop: int | None = None
+    holdout: float = 0.1
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        least = {"epochs": 0, "batch_size": 1, "crop": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise Invalid(f"{name}={value} must be at least {bound}")
+        for name in ("lr", "lr_vectors", "lr_codes"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Invalid(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in ("holdout", "codes_start"):
+            if not 0 <= getattr(self, name) < 1 or (name == "holdout" and self.holdout == 0):
+                raise Invalid(f"{name}={getattr(self, name)} must be a share between 0 and 1")
+        if not 0 < self.temperature < math.inf:
+            raise Invalid(f"temperature={self.temperature} must be positive")
+        check_choice("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """What the stage did.
+
+    Attributes:
+        initial_loss: mean Kullback-Leibler divergence (nats per output row) of the held-out
+            inputs before.
+        final_loss: after; equal to the initial one if nothing improved.
+        best_epoch: epoch whose state was kept, counted from 1; 0 for the initial state.
+        history: per epoch, mean training loss and held-out loss.
+        moved_codes: share of the codes that differ from the initial ones.
+    """
+
+    initial_loss: float
+    final_loss: float
+    best_epoch: int
+    history: list[tuple[float, float]] = field(default_factory=list)
+    moved_codes: float = 0.0
+
+
+def distill(
+    packed: nn.Module,
+    reference: nn.Module,
+    batches: Sequence[Tensor] | Tensor,
+    *,
+    options: Distill,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    folder: Path | None = None,
+) -> DistillResult:
+    """Tune a compressed network in place; its shapes and bytes stay as they are.
+
+    After each epoch the state is rounded as it is stored, and the best state by the held-out inputs
+    is kept. That never is one worse than the initial state.
+
+    Args:
+        packed: returned by `jlcm.compress`.
+        reference: the original network, of the same architecture. Left as it is.
+        batches: calibration inputs, (n, ...) or batches of them, as the network takes them. Windows
+            and mirror images are made of floating (n, channels, height, width) only.
+        options: of the stage.
+        seed: of the held-out part, the order of the inputs, windows and mirror images.
+        device: where it runs; the network returns to the device it was on.
+        progress: show a progress bar.
+        folder: where each finished epoch is kept. A run that was interrupted continues there when
+            it is called with the same arguments, and ends with the same result.
+
+    Returns:
+        Losses before and after.
+
+    Raises:
+        ValueError: `packed` is not compressed, fewer than two inputs, outputs that are not tensors
+            of equal shape, a non-finite loss, or a folder that holds another run. `packed` is
+            then as it was.
+    """
+    device = torch.device(device)
+    inputs = _joined(batches)
+    if next(stored_tensors(packed), None) is None:
+        raise ValueError("only a network that jlcm.compress returned can be distilled")
+    _check_crop(options, inputs)
+    initial, home = _snapshot(packed), next(packed.buffers()).device
+    was_training = packed.training
+    packed.to(device).eval()
+    reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
+    try:
+        return _Run(packed, reference, inputs, options, seed, device, folder).train(progress)
+    except BaseException:
+        _restore(packed, initial)
+        raise
+    finally:
+        packed.to(home).train(was_training)
+
+
+class _Run:
+    """State of one run: trainable copy, optimiser, best state so far."""
+
+    def __init__(self, packed, reference, inputs, options, seed, device, folder) -> None:
+        self.packed, self.reference, self.inputs = packed, reference, inputs
+        self.options, self.seed, self.device = options, seed, device
+        held, trained = _split(len(inputs), options.holdout, seed)
+        self.trained, self.held = trained, inputs[held]
+        self.targets = outputs_of(reference, self.held, device, "the original network")
+        self.initial = _snapshot(packed)
+        self.path = None if folder is None else Path(folder) / CHECKPOINT
+        self.fingerprint = _fingerprint(options, seed, self.initial, inputs) if folder else ""
+        self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
+        self.optimizer = self._optimizer()
+        self.epoch, self.history = 0, []
+        self.initial_loss = self.best_loss = self._held_out_loss()
+        self.best, self.best_epoch = self.initial, 0
+
+    def train(self, progress: bool) -> DistillResult:
+        if self.path is not None and self.path.exists():
+            self._resume()
+        bar = tqdm(
+            total=self.options.epochs,
+            initial=self.epoch,
+            desc="distill",
+            unit="epoch",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            bar.set_postfix(held_out=f"{self.best_loss:.4f}")
+            while self.epoch < self.options.epochs:
+                trained = self._epoch()
+                self._write()
+                loss = self._held_out_loss()
+                self.epoch += 1
+                self.history.append((trained, loss))
+                if loss < self.best_loss:
+                    self.best, self.best_loss = _snapshot(self.packed), loss
+                    self.best_epoch = self.epoch
+                if self.path is not None:
+                    self._save()
+                bar.update()
+                bar.set_postfix(train=f"{trained:.4f}", held_out=f"{loss:.4f}")
+        return self._finish()
+
+    def _finish(self) -> DistillResult:
+        _restore(self.packed, self.best)
+        loss = self._held_out_loss()
+        if not math.isclose(loss, self.best_loss, rel_tol=1e-3, abs_tol=1e-6):
+            raise ValueError(
+                f"the network written back has a held-out loss of {loss:.6g}, "
+                f"{self.best_loss:.6g} was measured: its outputs are not reproducible"
+            )
+        return DistillResult(
+            initial_loss=self.initial_loss,
+            final_loss=self.best_loss,
+            best_epoch=self.best_epoch,
+            history=self.history,
+            moved_codes=self._moved_codes(),
+        )
+
+    def _epoch(self) -> float:
+        options = self.options
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch + 1))
+        order = self.trained[torch.randperm(len(self.trained), generator=generator)]
+        batches = order.tensor_split(-(-len(order) // options.batch_size))
+        total = 0.0
+        for step, batch in enumerate(batches):
+            x = augment(self.inputs[batch], options.flip, options.crop, generator)
+            x = to_device(x, self.device)
+            with precision(options.precision, self.device):
+                with torch.no_grad():
+                    target = logits_of(self.reference(x), "the original network")
+                output = logits_of(self.twin(x), "the compressed network")
+            loss = divergence(output, target, options.temperature)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self._check_finite(loss)
+            self._set_rates((self.epoch + (step + 0.5) / len(batches)) / options.epochs)
+            self.optimizer.step()
+            for trainable, _ in self.trainables.values():
+                trainable.project()
+            total += loss.item() * len(batch)
+        return total / len(order)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        rates = {
+            "codebooks": self.options.lr,
+            "scales": self.options.lr,
+            "vectors": self.options.lr_vectors,
+            "codes": self.options.lr_codes,
+        }
+        groups = [
+            {"params": [parameter], "kind": kind, "peak": rates[kind] * unit}
+            for trainable, _ in self.trainables.values()
+            for kind, parameter, unit in trainable.units()
+        ]
+        # A few hundred steps are too few for the usual second moment over a thousand.
+        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
+
+    def _set_rates(self, done: float) -> None:
+        """Cosine decay from the peak; codes from their start on."""
+        start = self.options.codes_start
+        for group in self.optimizer.param_groups:
+            share = done
+            if group["kind"] == "codes":
+                share = (done - start) / (1 - start) if done > start else 1.0
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _check_finite(self, loss: Tensor) -> None:
+        gradients = [p.grad for p in self.twin.parameters() if p.grad is not None]
+        if not (loss.isfinite() and torch.nn.utils.get_total_norm(gradients).isfinite()):
+            raise ValueError(
+                f"the distillation loss or its gradient is NaN or Inf in epoch {self.epoch + 1}: "
+                f"lower lr={self.options.lr:g}, or set precision=fp32"
+            )
+
+    def _write(self) -> None:
+        for trainable, stored in self.trainables.values():
+            trainable.write(stored)
+
+    def _held_out_loss(self) -> float:
+        outputs = outputs_of(self.packed, self.held, self.device, "the compressed network")
+        if outputs.shape != self.targets.shape:
+            raise ValueError(
+                f"the compressed network's outputs have shape {tuple(outputs.shape)}, "
+                f"the original's {tuple(self.targets.shape)}: give the network it was made from"
+            )
+        return divergence(outputs, self.targets).item()
+
+    def _moved_codes(self) -> float:
+        moved = count = 0
+        for name, stored in stored_tensors(self.packed):
+            if isinstance(stored, PackedWeight):
+                initial = unpack(self.initial[f"{name}:codes"], stored.bits, stored.count)
+                moved += int((initial != stored.unpack_codes().cpu()).sum())
+                count += stored.count
+        return moved / max(count, 1)
+
+    def _save(self) -> None:
+        tensors = {f"best:{name}": t for name, t in self.best.items()}
+        for name, parameter in self._parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam:{name}:{key}": value for key, value in state.items()}
+            tensors[f"parameter:{name}"] = parameter.detach()
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "progress": json.dumps(
+                {
+                    "epoch": self.epoch,
+                    "history": self.history,
+                    "best_loss": self.best_loss,
+                    "best_epoch": self.best_epoch,
+                }
+            ),
+        }
+        _write_file(self.path, tensors, metadata)
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}): delete it to start anew"
+            ) from error
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"{self.path} belongs to a run with another network, inputs, options or seed: "
+                "delete it, or choose another folder"
+            )
+        for name, value in json.loads(metadata["progress"]).items():
+            setattr(self, name, value)
+        self.history = [tuple(losses) for losses in self.history]
+        self.best = {
+            n.removeprefix("best:"): t for n, t in tensors.items() if n.startswith("best:")
+        }
+        for name, parameter in self._parameters():
+            parameter.copy_(tensors[f"parameter:{name}"])
+            state = _under(f"adam:{name}:", tensors)
+            if state:
+                step = state.pop("step")
+                moments = {key: value.to(self.device) for key, value in state.items()}
+                self.optimizer.state[parameter] = {"step": step, **moments}
+        for trainable, _ in self.trainables.values():
+            trainable.project()
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, (trainable, _) in self.trainables.items():
+            for part, parameter in trainable.named_parameters():
+                yield f"{name}:{part}", parameter
+
+
+def _joined(batches: Sequence[Tensor] | Tensor) -> Tensor:
+    parts = [batches] if isinstance(batches, Tensor) else list(batches)
+    inputs = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
+    if len(inputs) < 2:
+        raise ValueError(
+            f"distillation needs at least 2 calibration inputs, got {len(inputs)}: one part "
+            "trains, the other selects the best epoch"
+        )
+    if inputs.is_floating_point() and not inputs.isfinite().all():
+        raise ValueError("the calibration inputs contain NaN or Inf")
+    return inputs
+
+
+def _check_crop(options: Distill, inputs: Tensor) -> None:
+    if options.crop is not None and inputs.dim() == 4 and options.crop > min(inputs.shape[-2:]):
+        raise Invalid(f"crop={options.crop} is larger than the images {tuple(inputs.shape[-2:])}")
+
+
+def _split(count: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_mixed(seed, 0)))
+    held = min(max(round(count * holdout), 1), count - 1)
+    return order[:held].sort().values, order[held:].sort().values
+
+
+def _mixed(seed: int, index: int) -> int:
+    """Seed of one of several streams of random numbers."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest())
+
+
+def _snapshot(packed: nn.Module) -> dict[str, Tensor]:
+    """Copies of all stored buffers on the CPU, as "name of the tensor:buffer"."""
+    return {
+        f"{name}:{part}": buffer.detach().cpu().clone()
+        for name, stored in stored_tensors(packed)
+        for part, buffer in stored.named_buffers(recurse=False)
+    }
+
+
+def _restore(packed: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, stored in stored_tensors(packed):
+        for part, buffer in list(stored.named_buffers(recurse=False)):
+            setattr(stored, part, state[f"{name}:{part}"].to(buffer.device, copy=True))
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _fingerprint(options: Distill, seed: int, initial: dict[str, Tensor], inputs: Tensor) -> str:
+    digest = hashlib.blake2b(json.dumps([asdict(options), seed]).encode(), digest_size=16)
+    for name, tensor in [*initial.items(), ("inputs", inputs)]:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        for part in tensor.detach().cpu().split(EVALUATION_BATCH) if tensor.numel() else ():
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(contiguous, temporary, metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""Run networks on calibration inputs: augmentation, precision, outputs and their divergence."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+PRECISIONS = ("auto", "bf16", "fp32")
+#: Inputs at a time where no gradients are needed.
+EVALUATION_BATCH = 64
+
+
+def augment(x: Tensor, flip: bool, crop: int | None, generator: torch.Generator) -> Tensor:
+    """Mirror images and cut random windows out of them; other tensors come back as they are.
+
+    Args:
+        x: (n, channels, height, width), floating.
+        flip: mirror each with probability one half.
+        crop: side of the window in pixels, None for whole images.
+        generator: of the random choices.
+
+    Returns:
+        (n, channels, crop, crop), or x's shape.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        return x
+    if flip:
+        chosen = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
+    if crop is not None:
+        height, width = x.shape[-2:]
+        tops = torch.randint(0, height - crop + 1, (len(x),), generator=generator).tolist()
+        lefts = torch.randint(0, width - crop + 1, (len(x),), generator=generator).tolist()
+        windows = zip(x, tops, lefts, strict=True)
+        x = torch.stack([i[:, t : t + crop, s : s + crop] for i, t, s in windows])
+    return x
+
+
+def divergence(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(target || output) over rows of the last dimension, times the squared temperature."""
+    output = (output.float() / temperature).log_softmax(-1).flatten(0, -2)
+    target = (target.float() / temperature).log_softmax(-1).flatten(0, -2)
+    divergence = nn.functional.kl_div(output, target, log_target=True, reduction="batchmean")
+    return divergence * temperature**2
+
+
+def logits_of(output: object, network: str) -> Tensor:
+    """Logits of what a network returned, (n, ..., classes).
+
+    Raises:
+        ValueError: it is neither such a tensor nor has one as `logits`; `network` names it.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise ValueError(
+            f"{network} must return logits (n, ..., classes), not {type(output).__name__}"
+        )
+    return logits
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Tensor, device: torch.device, network: str) -> Tensor:
+    """Logits of all inputs, float32 on `device`, without gradients.
+
+    Raises:
+        ValueError: NaN or Inf among them.
+    """
+    parts = inputs.split(EVALUATION_BATCH)
+    outputs = torch.cat([logits_of(model(to_device(x, device)), network).float() for x in parts])
+    if not outputs.isfinite().all():
+        raise ValueError(f"outputs of {network} on the calibration inputs contain NaN or Inf")
+    return outputs
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move; images in the layout that convolutions are fastest in."""
+    x = x.to(device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Training in bf16 (autocast), fp32, or auto: bf16 where the device computes in it."""
+    if name == "auto":
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            features = getattr(torch.cpu, "get_capabilities", dict)()
+            has_bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        name = "bf16" if has_bf16 else "fp32"
+    with ExitStack() as stack:
+        if name == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(DepthwiseGradients())
+        yield
+
+
+class DepthwiseGradients(TorchFunctionMode):
+    """Compute gradients of depthwise bf16 convolutions in float32 while this is active.
+
+    oneDNN's bf16 gradients of strided and of 5 x 5 depthwise convolutions take 2 to 5 times as long
+    as those in float32, and they are most of the time of an EfficientNet's backward pass.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
+        if func is F.conv2d and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+            call = _conv2d_arguments(*args, **(kwargs or {}))
+            if call is not None:
+                return _Depthwise.apply(*call)
+        return func(*args, **(kwargs or {}))
+
+
+class _Depthwise(torch.autograd.Function):
+    """A bf16 depthwise convolution with float32 gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding, dilation, groups):  # noqa: D102
+        x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: D102
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        wanted = [*ctx.needs_input_grad[:2], False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient.float(),
+            x.float(),
+            weight.float(),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            wanted,
+        )
+        of_x = None if of_x is None else of_x.bfloat16()
+        return of_x, of_weight, None, None, None, None
+
+
+def _conv2d_arguments(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
+) -> tuple | None:
+    """Arguments of `_Depthwise`, None where the convolution is not a plain depthwise one."""
+    plain = bias is None and not isinstance(padding, str) and input.dim() == 4
+    if not plain or groups == 1 or groups != input.shape[1]:
+        return None
+    pairs = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
+    return input, weight, *pairs, groups

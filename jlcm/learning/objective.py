@@ -1,0 +1,139 @@
+"""The layer-wise objective ||W~ X~ - Y||^2 as a quadratic form of Gram matrices.
+
+X~ are inputs of the compressed network, Y = W X outputs of the reference. With X~X~^T and Y X~^T
+accumulated once, evaluating the objective or its gradient costs no image or token dimension.
+Tensors carry a leading dimension for the groups of a convolution (1 for a linear layer, the
+channels for a depthwise convolution): inputs (groups, n, positions), outputs (groups, rows,
+positions), weights (groups, rows, n).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over sampled positions, float64.
+
+    Attributes:
+        gram: (groups, n, n) of X~X~^T.
+        cross: (groups, rows, n) of Y X~^T.
+        energy: (groups, rows) of Y^2.
+        inputs: (groups, n) of X~.
+        outputs: (groups, rows) of Y.
+        count: number of positions.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, groups: int, rows: int, n: int, device: torch.device) -> "Moments":
+        """Empty sums."""
+        shapes = (groups, n, n), (groups, rows, n), (groups, rows), (groups, n), (groups, rows)
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add inputs (groups, n, positions) and outputs (groups, rows, positions)."""
+        self.gram += x @ x.mT
+        self.cross += y @ x.mT
+        self.energy += y.square().sum(-1)
+        self.inputs += x.sum(-1)
+        self.outputs += y.sum(-1)
+        self.count += x.shape[-1]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """loss(W~) = sum over rows r of weights_r (w gram w^T - 2 w cross_r^T + energy_r), float32.
+
+    Attributes:
+        gram: (groups, n, n) mean of X~X~^T, centred if a bias or shift takes up the mean.
+        cross: (groups, rows, n) mean of Y X~^T, centred likewise.
+        energy: (groups, rows) mean of Y^2, centred likewise.
+        inputs: (groups, n) mean input.
+        outputs: (groups, rows) mean target.
+        weights: (groups, rows) importance of each row, non-negative.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    weights: Tensor
+
+    def row_losses(self, weight: Tensor) -> Tensor:
+        """(groups, rows) mean squared error of each row of a weight (groups, rows, n)."""
+        product = weight @ self.gram
+        return ((product - 2 * self.cross) * weight).sum(-1) + self.energy
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """Scalar: weighted squared error over the weighted energy of the target."""
+        total = (self.weights * self.row_losses(weight)).sum()
+        return total / self.total_energy()
+
+    def total_energy(self) -> Tensor:
+        """Scalar: weighted energy of the target, never 0."""
+        return (self.weights * self.energy).sum().clamp(min=1e-30)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """(groups, rows, n) gradient of `loss`."""
+        scale = 2 * self.weights / self.total_energy()
+        return scale[..., None] * (weight @ self.gram - self.cross)
+
+    def damped(self, original: Tensor, damping: float) -> "Quadratic":
+        """Add a ridge towards the original weight: damping * mean diagonal * ||W~ - W||^2.
+
+        This is L1 of Eq. 6 inside the quadratic form; it also makes the Gram matrix invertible.
+        """
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1)
+        # A group whose inputs are all zero (a dead channel) keeps to its original weight.
+        ridge = (damping * diagonal.mean(-1)).clamp(min=1e-6 * float(diagonal.mean()) + 1e-12)
+        gram = self.gram + torch.diag_embed(ridge[:, None].expand_as(diagonal))
+        cross = self.cross + ridge[:, None, None] * original
+        energy = self.energy + ridge[:, None] * original.square().sum(-1)
+        return replace(self, gram=gram, cross=cross, energy=energy)
+
+    def minimiser(self) -> Tensor:
+        """(groups, rows, n) least-squares weight; the Gram matrix must be invertible."""
+        factor, failed = torch.linalg.cholesky_ex(self.gram.double())
+        if bool(failed.any()):
+            raise torch.linalg.LinAlgError("the Gram matrix is singular: raise learn.damping")
+        return torch.cholesky_solve(self.cross.double().mT, factor).mT.float()
+
+
+def quadratic(moments: Moments, *, centred: bool, weights: Tensor | None = None) -> Quadratic:
+    """Make the objective from sums.
+
+    Args:
+        moments: of at least one position.
+        centred: take the means out, because a bias or shift that is set afterwards takes them up.
+        weights: (groups, rows) importance of the rows; None for equal.
+
+    Raises:
+        ValueError: if no positions were added, or activations are NaN or infinite.
+    """
+    if moments.count == 0:
+        raise ValueError(
+            "no calibration inputs on one side of the held-out split: give more of them"
+        )
+    gram, cross = moments.gram / moments.count, moments.cross / moments.count
+    energy = moments.energy / moments.count
+    inputs, outputs = moments.inputs / moments.count, moments.outputs / moments.count
+    if not (gram.isfinite().all() and cross.isfinite().all()):
+        raise ValueError("activations are NaN or infinite on the calibration inputs")
+    if centred:
+        gram = gram - inputs[:, :, None] * inputs[:, None]
+        cross = cross - outputs[:, :, None] * inputs[:, None]
+        energy = (energy - outputs.square()).clamp(min=0)
+    weights = torch.ones_like(energy) if weights is None else weights
+    return Quadratic(
+        *(t.float() for t in (gram, cross, energy, inputs, outputs, weights.to(energy)))
+    )

@@ -1,0 +1,115 @@
+"""Options of layer-wise learning, checked when they are made."""
+
+from dataclasses import dataclass
+
+from jlcm.config import Invalid, check_choice
+
+KINDS = ("none", "codebook", "joint", "proximal", "lnq")
+SIGNS = ("corrected", "printed")
+DISTANCES = ("relative", "raw", "rank")
+FORWARDS = ("hard", "soft")
+SECOND_MOMENTS = ("shared", "per_element")
+STATISTICS = ("none", "mean", "moments", "regression")
+STARTS = ("packed", "least_squares")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """How the packed weights of a network are learned from calibration inputs.
+
+    Attributes:
+        kind: none (statistics only), codebook (Eq. 7, first row), joint (Eq. 7), proximal (Eq. 8
+            and 9), or lnq (no gradients: least-squares codebooks and coordinate descent over the
+            codes, after LNQ of GuidedQuant, Kim et al. 2025).
+        start: what the learning starts from: the packed codes, or the codes that lnq finds.
+        row_scale: fit a scale for each row that a following batch norm absorbs (its scale is stored
+            anyway, so it costs no bytes). Codes are then clustered anew; lnq or start=least_squares
+            only.
+        statistics: what is re-estimated in the norm or bias that follows a layer: nothing; the
+            mean; mean and variance (moments); or the least-squares scale and shift (regression).
+        activation: include the activation that directly follows in the objective (Eq. 5). The
+            objective is then sampled; otherwise it is a quadratic form of Gram matrices and exact.
+            Gradient kinds only.
+        damping: ridges of the solver towards the original weight, relative to the mean diagonal of
+            the Gram matrix (GPTQ's is 0.01). Each is solved; the held-out inputs choose.
+        rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
+        sweeps: coordinate-descent sweeps over all codes in a round.
+        polish: sweeps after the gradient kinds.
+        sign: corrected (towards the wanted codeword) or printed (Eq. 8 as printed, which ascends).
+        distance: unit of |C_a - C_j| in Eq. 8: the mean gap of the codebook (relative), raw, or the
+            number of codewords between them (rank).
+        forward: hard (the codeword of the largest logit) or soft (the mixture, Eq. 5 as printed).
+        second_moment: Adam's second moment per logit, or shared by the logits of a weight.
+        keep_best: return the state with the least hard loss, not the last one.
+        final_least_squares: least-squares codebooks and scales after the gradient kinds.
+        iterations: gradient steps per layer.
+        batch_size: sampled positions (pixels, tokens) per step when activation is on.
+        lr: step size of the logits (their unit: see `kappa` in `proximal`).
+        lr_codebook: step size of codebooks, in mean gaps.
+        lambda_: weight of L2 (Eq. 6).
+        fidelity: weight of L1 (Eq. 6), both terms normalised.
+        warmup: part of the iterations without L2.
+        beta: exponent of L2 at the end of the warm-up and at the last iteration (AdaRound's).
+        patience: stop early after this many iterations without a better held-out loss.
+        held_out: part of the calibration inputs that decides whether a layer is accepted.
+        positions: pixels or tokens sampled per calibration input, the same in both networks; four
+            for each input of a neuron are the most.
+        forward_batch: calibration inputs that run at once.
+        memory: bytes of activations kept; past it they are computed again from an earlier layer.
+    """
+
+    kind: str = "lnq"
+    start: str = "packed"
+    row_scale: bool = True
+    statistics: str = "moments"
+    activation: bool = False
+    damping: tuple[float, ...] = (0.01, 0.1, 1.0)
+    rounds: int = 4
+    sweeps: int = 3
+    polish: int = 3
+    sign: str = "corrected"
+    distance: str = "relative"
+    forward: str = "hard"
+    second_moment: str = "shared"
+    keep_best: bool = True
+    final_least_squares: bool = True
+    iterations: int = 300
+    batch_size: int = 1024
+    lr: float = 0.02
+    lr_codebook: float = 0.002
+    lambda_: float = 0.01
+    fidelity: float = 0.01
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    patience: int = 100
+    held_out: float = 0.1
+    positions: int = 256
+    forward_batch: int = 32
+    memory: int = 2 * 2**30
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        check_choice("learn", self.kind, KINDS)
+        check_choice("start", self.start, STARTS)
+        check_choice("statistics", self.statistics, STATISTICS)
+        check_choice("sign", self.sign, SIGNS)
+        check_choice("distance", self.distance, DISTANCES)
+        check_choice("forward", self.forward, FORWARDS)
+        check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
+        for name in (
+            "rounds", "sweeps", "polish", "lr", "lr_codebook", "lambda_", "fidelity",
+            "memory",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise Invalid(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("iterations", "batch_size", "patience", "positions", "forward_batch"):
+            if not getattr(self, name) >= 1:
+                raise Invalid(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.damping or min(self.damping) < 0:
+            raise Invalid(f"damping={self.damping} must be one or more ridges, none negative")
+        if not 0 < self.held_out < 1:
+            raise Invalid(f"held_out={self.held_out} must lie between 0 and 1")
+        if not 0 <= self.warmup < 1:
+            raise Invalid(f"warmup={self.warmup} must be at least 0 and below 1")
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise Invalid(f"beta={self.beta} must be two positive exponents")

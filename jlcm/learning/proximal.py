@@ -1,0 +1,300 @@
+"""Gradient learning of codebooks and mappings (Eq. 5 to 9).
+
+Each weight has one logit per codeword; the mapping is their argmax (hard forward) or softmax (soft
+forward). The chain rule favours far codewords (Eq. 7); Eq. 8 and 9 replace its factor by a
+decreasing function of the distance between codewords.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jlcm.learning.objective import Quadratic
+from jlcm.learning.options import Learn
+from jlcm.learning.solver import (
+    Factors,
+    coordinate_descent,
+    least_squares_codebooks,
+    least_squares_scales,
+)
+
+#: Codebooks beyond this size (8-bit ends) are left to the solver: their logits would not fit.
+MOST_CODEWORDS = 32
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A sampled objective with an activation: ||act(scale * (W~ x) + shift) - targets||^2.
+
+    Attributes:
+        inputs: (groups, n, columns).
+        targets: (groups, rows, columns), after the activation.
+        scale: (groups, rows).
+        shift: (groups, rows).
+        activation: elementwise.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    scale: Tensor
+    shift: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+
+def codebook_gap(codebooks: Tensor) -> Tensor:
+    """(books, 1) mean distance of neighbouring codewords, 1 where all are equal."""
+    spread = codebooks.amax(1, keepdim=True) - codebooks.amin(1, keepdim=True)
+    gap = spread / max(codebooks.shape[1] - 1, 1)
+    return torch.where(gap > 0, gap, 1.0)
+
+
+def proximal_direction(
+    codebooks: Tensor, chosen: Tensor, *, sign: str = "corrected", distance: str = "relative"
+) -> Tensor:
+    """D of Eq. 8: what a logit's gradient is multiplied by in place of the chain rule's factor.
+
+    D_a = 0 for the chosen codeword a, which is what the "- identity" of Eq. 8 achieves.
+
+    Args:
+        codebooks: (N, k) codewords that serve each weight.
+        chosen: (N,) index a.
+        sign: "corrected", sign(C_j - C_a), so that descent on the logits moves towards the codeword
+            that descent on the weight wants; "printed", the opposite.
+        distance: unit of |C_j - C_a|: "relative" to the mean gap, "raw", or "rank".
+
+    Returns:
+        (N, k).
+    """
+    difference = codebooks - codebooks.gather(1, chosen[:, None])
+    if distance == "rank":
+        place = codebooks.argsort(1).argsort(1)
+        length = (place - place.gather(1, chosen[:, None])).abs().to(difference)
+    elif distance == "relative":
+        length = difference.abs() / codebook_gap(codebooks)
+    else:
+        length = difference.abs()
+    direction = difference.sign() / (1 + length)
+    return direction if sign == "corrected" else -direction
+
+
+class AssignCodewords(torch.autograd.Function):
+    """Codewords by logits, with the gradients of Eq. 9 or Eq. 7.
+
+    Forward takes logits (N, k), codebooks (books, k), the codebook of each weight (N,) int64 or
+    None for one, and `Learn`'s kind, forward, sign and distance; it returns (N,) values.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, codebooks, book, kind, forward, sign, distance):
+        """Take the codeword of the largest logit (hard) or the mixture (soft)."""
+        chosen = logits.argmax(1)
+        ctx.save_for_backward(logits, codebooks, book, chosen)
+        ctx.settings = kind, forward, sign, distance
+        table = codebooks.expand(len(logits), -1) if book is None else codebooks[book]
+        if forward == "hard":
+            return table.gather(1, chosen[:, None])[:, 0]
+        return (logits.softmax(1) * table).sum(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Send a weight's gradient to its codewords and its logits."""
+        logits, codebooks, book, chosen = ctx.saved_tensors
+        kind, forward, sign, distance = ctx.settings
+        k = codebooks.shape[1]
+        table = codebooks.expand(len(logits), -1) if book is None else codebooks[book]
+        to_logits = to_codebooks = None
+        soft = logits.softmax(1) if forward == "soft" or kind == "joint" else None
+        if ctx.needs_input_grad[1]:
+            first = 0 if book is None else book * k
+            summed = torch.zeros(codebooks.numel(), dtype=torch.float64, device=codebooks.device)
+            if forward == "hard":
+                summed.index_add_(0, first + chosen, gradient.double())
+            elif book is None:
+                summed += gradient.double() @ soft.double()
+            else:
+                index = first[:, None] + torch.arange(k, device=book.device)
+                summed.index_add_(0, index.view(-1), (gradient[:, None] * soft).double().view(-1))
+            to_codebooks = summed.to(codebooks.dtype).view_as(codebooks)
+        if ctx.needs_input_grad[0]:
+            if kind == "joint":
+                factor = soft * (table - (soft * table).sum(1, keepdim=True))
+            else:
+                factor = proximal_direction(table, chosen, sign=sign, distance=distance)
+            to_logits = gradient[:, None] * factor
+        return to_logits, to_codebooks, None, None, None, None, None
+
+
+def sharpness(logits: Tensor, beta: float) -> Tensor:
+    """L2 of Eq. 6: mean over weights of sum_j 1 - |2 softmax(I)_j - 1|^beta."""
+    return (1 - (2 * logits.softmax(1) - 1).abs().pow(beta)).sum(1).mean()
+
+
+def initial_logits(values: Tensor, codebooks: Tensor, book: Tensor | None, codes: Tensor) -> Tensor:
+    """-kappa (w - C_j)^2 / gap^2, whose argmax is the given code.
+
+    kappa gives a weight that lies on its codeword a probability of 0.95 between two neighbours one
+    gap away; weights near a boundary stay easy to move.
+
+    Args:
+        values: (N,) weights divided by their scales.
+        codebooks: (books, k).
+        book: (N,) int64 or None.
+        codes: (N,). Where another codeword is nearer, the code's own codeword replaces the weight.
+    """
+    kappa = math.log(2 * 0.95 / 0.05)
+    index = torch.zeros_like(codes) if book is None else book
+    table, gap = codebooks[index], codebook_gap(codebooks)[index]
+    own = table.gather(1, codes[:, None])[:, 0]
+    # Equal codewords share the distance: argmax takes the first, so the given one gets a margin.
+    nearest = (values[:, None] - table).abs().argmin(1)
+    values = torch.where(nearest == codes, values, own)
+    logits = -kappa * ((values[:, None] - table) / gap).square()
+    return logits.scatter_add(1, codes[:, None], logits.new_full((len(codes), 1), 1e-4))
+
+
+class Adam:
+    """Adam whose second moment may be shared over the last dimension.
+
+    Plain Adam divides by each element's own magnitude, which cancels any constant factor per
+    logit, and with it the proximal factor of Eq. 8.
+    """
+
+    def __init__(self, parameter: Tensor, lr: Tensor | float, *, shared: bool) -> None:
+        """Optimise one tensor with step size `lr` (a number, or a tensor that broadcasts)."""
+        self.parameter, self.lr, self.shared, self.step_count = parameter, lr, shared, 0
+        self.first = torch.zeros_like(parameter)
+        self.second = torch.zeros_like(parameter[..., :1] if shared else parameter)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update from the parameter's gradient, which is then cleared."""
+        gradient = self.parameter.grad
+        self.step_count += 1
+        square = gradient.square()
+        if self.shared:
+            square = square.mean(-1, keepdim=True)
+        self.first.lerp_(gradient, 0.1)
+        self.second.lerp_(square, 0.001)
+        first = 1 - 0.9**self.step_count
+        second = 1 - 0.999**self.step_count
+        size = (self.second / second).sqrt_().add_(1e-12 * float(self.second.max()) ** 0.5 + 1e-30)
+        self.parameter -= self.lr * (self.first / first) / size
+        self.parameter.grad = None
+
+
+def learn_by_gradient(
+    problem: Quadratic,
+    factors: Factors,
+    original: Tensor,
+    *,
+    held: Quadratic,
+    damped: Quadratic,
+    samples: Samples | None,
+    options: Learn,
+    seed: int,
+) -> tuple[Factors, list[float]]:
+    """Minimise Eq. 6 from given factors.
+
+    Args:
+        problem: Gram objective on the training inputs.
+        factors: to start from.
+        original: (groups, rows, n) weight that L1 pulls to.
+        held: Gram objective on the held-out inputs, for stopping early.
+        damped: objective of the final least squares and polish.
+        samples: objective with the activation, in place of `problem`; None for the latter.
+        options: of the learning.
+        seed: of the sampled batches.
+
+    Returns:
+        The factors, rounded to float16 codebooks and scales, and the training loss of each step.
+    """
+    k = factors.codebooks.shape[1]
+    if k > MOST_CODEWORDS:
+        return factors, []
+    multiplier = factors.multiplier().expand(original.shape).reshape(-1)
+    book = None if factors.book is None else factors.book.reshape(-1)
+    codebooks = factors.codebooks.clone().requires_grad_()
+    values = original.reshape(-1) / torch.where(multiplier != 0, multiplier, 1.0)
+    logits = initial_logits(values, factors.codebooks, book, factors.codes.reshape(-1))
+    optimizers = [
+        Adam(codebooks, options.lr_codebook * codebook_gap(factors.codebooks), shared=False)
+    ]
+    mappings = options.kind != "codebook"
+    if mappings:
+        logits.requires_grad_()
+        optimizers.append(Adam(logits, options.lr, shared=options.second_moment == "shared"))
+    generator = torch.Generator().manual_seed(seed)
+    weight_energy = original.square().sum().clamp(min=1e-30)
+    settings = options.kind, options.forward, options.sign, options.distance
+    warmup = int(options.warmup * options.iterations)
+    best, least, curve = factors, float("inf"), []
+    held_least, held_step = float("inf"), 0
+    state = factors
+    for step in range(options.iterations):
+        with torch.enable_grad():
+            mapped = AssignCodewords.apply(logits, codebooks, book, *settings)
+            weight = (mapped * multiplier).view(original.shape)
+            late = mappings and options.lambda_ > 0 and step >= warmup
+            if late:
+                progress = (step - warmup) / max(options.iterations - warmup, 1)
+                beta = options.beta[0] + (options.beta[1] - options.beta[0]) * progress
+                penalty = options.lambda_ * sharpness(logits, beta)
+            if samples is None:
+                found = weight.detach()
+                loss = float(problem.loss(found))
+                slope = problem.gradient(found)
+            else:
+                loss, slope = _sampled(samples, weight.detach(), options.batch_size, generator)
+            slope = slope + 2 * options.fidelity / weight_energy * (weight.detach() - original)
+            if late:
+                torch.autograd.backward([weight, penalty], [slope, None])
+            else:
+                weight.backward(slope)
+        state = replace(
+            factors,
+            codes=logits.detach().argmax(1).view(original.shape),
+            codebooks=codebooks.detach(),
+        )
+        hard = loss
+        if options.forward == "soft" or samples is not None:
+            hard = float(problem.loss(state.weight())) if step % 10 == 0 else float("inf")
+        if hard < least:
+            best, least = replace(state, codebooks=codebooks.detach().clone()), hard
+        curve.append(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 20 == 19:
+            outside = float(held.loss(state.weight()))
+            if outside < held_least:
+                held_least, held_step = outside, step
+            elif step - held_step >= options.patience:
+                break
+    result = best if options.keep_best else replace(state, codebooks=codebooks.detach().clone())
+    if options.final_least_squares:
+        result = least_squares_scales(damped, least_squares_codebooks(damped, result))
+    result = result.rounded()
+    if options.polish:
+        result = coordinate_descent(damped, result, options.polish)
+        if options.final_least_squares:
+            result = least_squares_codebooks(damped, result).rounded()
+    return result, curve
+
+
+def _sampled(
+    samples: Samples, weight: Tensor, size: int, generator: torch.Generator
+) -> tuple[float, Tensor]:
+    """Normalised loss of a random batch of columns, and its gradient in the weight."""
+    total = samples.inputs.shape[-1]
+    chosen = torch.randint(total, (min(size, total),), generator=generator)
+    chosen = chosen.to(weight.device)
+    inputs, targets = samples.inputs[..., chosen], samples.targets[..., chosen]
+    leaf = weight.clone().requires_grad_()
+    with torch.enable_grad():
+        before = samples.scale[..., None] * (leaf @ inputs) + samples.shift[..., None]
+        squared = (samples.activation(before) - targets).square().sum()
+        loss = squared / targets.square().sum().clamp(min=1e-30)
+        loss.backward()
+    return float(loss.detach()), leaf.grad

@@ -1,0 +1,326 @@
+"""Learn a compressed network layer by layer, in forward order (Eq. 5 and 6).
+
+Inputs come from the network as compressed so far, targets from the full-precision one, so each
+layer also corrects the errors of those before it. Bytes never change: codes, codebooks and scales
+keep their shapes, and what follows a layer anyway (bias, norm scale and shift) is re-estimated.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jlcm.layers import Stored, stored_tensors
+from jlcm.learning.calibration import Calibration
+from jlcm.learning.layer import (
+    Target,
+    given_affine,
+    output_error,
+    refit,
+    stored_parts,
+    target_of,
+    write,
+)
+from jlcm.learning.objective import Moments, quadratic
+from jlcm.learning.options import Learn
+from jlcm.learning.proximal import Samples, learn_by_gradient
+from jlcm.learning.solver import Factors, solve, unpack_factors
+from jlcm.packed import PackedWeight
+
+
+@dataclass(kw_only=True)
+class LayerResult:
+    """What learning did to one layer.
+
+    Attributes:
+        name: of the weight.
+        before: squared output error on the held-out inputs over the output's variance, as given.
+        after: the same for what was kept.
+        kept: initialisation, statistics (only norm or bias changed) or learned.
+        seconds: that it took.
+        note: why a layer was left as it was; empty otherwise.
+        curve: training loss in the course of learning.
+    """
+
+    name: str
+    before: float = float("nan")
+    after: float = float("nan")
+    kept: str = "initialisation"
+    seconds: float = 0.0
+    note: str = ""
+    curve: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def learn_layers(
+    packed: nn.Module,
+    reference: nn.Module,
+    batches: Sequence[Tensor] | Tensor,
+    *,
+    options: Learn | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    folder: Path | None = None,
+) -> list[LayerResult]:
+    """Learn the packed weights of a network from calibration inputs, in place.
+
+    Args:
+        packed: returned by `jlcm.compress`.
+        reference: the full-precision network with the same module names and order of neurons.
+        batches: calibration inputs, tensors of (inputs, ...); no labels.
+        options: of the learning.
+        seed: of the sampling.
+        device: where both networks run and stay.
+        progress: show a progress bar.
+        folder: where each finished layer is written, so that an interrupted run goes on from there.
+
+    Returns:
+        One result for each packed weight, in forward order.
+
+    Raises:
+        ValueError: calibration set empty or too small, NaN or infinite activations, a network that
+            is not compressed or does not match its reference, or a folder of another run.
+    """
+    options, device = options or Learn(), torch.device(device)
+    _check(packed, reference)
+    training = reference.training, packed.training
+    packed.eval().to(device)
+    reference.eval().to(device)
+    calibration = Calibration(
+        packed,
+        reference,
+        batches,
+        forward_batch=options.forward_batch,
+        memory=options.memory,
+        positions=options.positions,
+        held_out=options.held_out,
+        seed=seed,
+        device=device,
+    )
+    store = dict(stored_tensors(packed))
+    identity = "" if folder is None else _identity(store, calibration.inputs, options, seed)
+    results, modules = [], dict(reference.named_modules())
+    bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
+    for index, layer in enumerate(bar):
+        target = target_of(layer, store, modules, device)
+        path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
+        if path is not None and path.exists():
+            results.append(_restore(path, target, identity))
+            continue
+        began = time.perf_counter()
+        result = _learn_layer(calibration, index, target, options, seed)
+        result.seconds = time.perf_counter() - began
+        results.append(result)
+        if path is not None:
+            _save(path, target, result, identity)
+        bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
+    for name, note in calibration.skipped.items():
+        results.append(LayerResult(name=name, note=note))
+    reference.train(training[0])
+    packed.train(training[1])
+    return results
+
+
+def _learn_layer(
+    calibration: Calibration, index: int, target: Target, options: Learn, seed: int
+) -> LayerResult:
+    result = LayerResult(name=calibration.layers[index].name)
+    try:
+        train, held, columns = _collect(calibration, index, target, options)
+    except NotImplementedError as error:
+        result.note = str(error)
+        return result
+    given = unpack_factors(target.weight, target.original.shape[0])
+    before = given_affine(target)
+    result.before = result.after = output_error(held, given.weight(), before, target.reference)
+    candidates = [("statistics", given)]
+    if options.kind != "none":
+        try:
+            learned, result.curve = _fit(train, held, given, target, columns, options, seed + index)
+            candidates.append(("learned", learned))
+        except torch.linalg.LinAlgError as error:
+            result.note = f"not learned: {error}"
+    chosen = None
+    for kept, factors in candidates:
+        affine = refit(train, factors, target, options)
+        bare = replace(factors, row_scale=None)
+        error = output_error(held, bare.weight(), affine, target.reference)
+        if error < result.after:
+            result.after, result.kept, chosen = error, kept, (bare, affine)
+    if chosen is None:
+        result.note = result.note or "no better on the held-out inputs: left as it was"
+        return result
+    write(target, *chosen)
+    return result
+
+
+def _fit(
+    train: Moments,
+    held: Moments,
+    factors: Factors,
+    target: Target,
+    columns: tuple[Tensor, Tensor] | None,
+    options: Learn,
+    seed: int,
+) -> tuple[Factors, list[float]]:
+    """Learn codes, codebooks and scales; returns them and the loss in the course of it."""
+    # Where a shift follows, it takes up the mean of the output afterwards.
+    centred = target.shift is not None and options.statistics != "none"
+    weights = target.reference.scale.square()
+    problem = quadratic(train, centred=centred, weights=weights)
+    damped = problem.damped(target.original, options.damping[0])
+    curve: list[float] = []
+    if options.kind == "lnq" or options.start == "least_squares":
+        least, given = float("inf"), factors
+        for damping in options.damping:
+            ridged = problem.damped(target.original, damping)
+            found, steps = solve(
+                ridged,
+                given,
+                rounds=options.rounds,
+                sweeps=options.sweeps,
+                row_scale=options.row_scale and target.scale is not None,
+            )
+            affine = refit(train, found, target, options)
+            weight = replace(found, row_scale=None).weight()
+            error = output_error(held, weight, affine, target.reference)
+            if error < least:
+                least, factors, curve, damped = error, found, steps, ridged
+    if options.kind == "lnq":
+        return factors, curve
+    samples = None
+    if columns is not None:
+        affine = refit(train, factors, target, options)
+        scale = affine.scale if factors.row_scale is None else affine.scale / factors.row_scale
+        samples = Samples(
+            inputs=columns[0],
+            targets=target.activation(columns[1]),
+            scale=scale.float(),
+            shift=affine.shift.float(),
+            activation=target.activation,
+        )
+    held_problem = quadratic(held, centred=centred, weights=weights)
+    factors, steps = learn_by_gradient(
+        problem,
+        factors,
+        target.original,
+        held=held_problem,
+        damped=damped,
+        samples=samples,
+        options=options,
+        seed=seed,
+    )
+    return factors, curve + steps
+
+
+def _collect(
+    calibration: Calibration, index: int, target: Target, options: Learn
+) -> tuple[Moments, Moments, tuple[Tensor, Tensor] | None]:
+    """Sums over training and held-out inputs, and columns for a sampled objective."""
+    groups, rows, n = target.original.shape
+    train, held = (Moments.zeros(groups, rows, n, target.original.device) for _ in range(2))
+    sampled = options.activation and target.activation is not None and options.kind != "none"
+    room = options.memory // (16 * groups * (n + rows) * sum(map(len, calibration.inputs)))
+    inputs, outputs = [], []
+    for x, y, outside in calibration.pairs(index):
+        if x.shape[1:3] != (groups, n) or y.shape[1:3] != (groups, rows):
+            raise NotImplementedError("its product does not have the shape of its weight")
+        x, y = x.float(), y.float()
+        if target.folded is not None:
+            y = target.folded.scale.float()[..., None] * y + target.folded.shift.float()[..., None]
+        for moments, part in ((train, ~outside), (held, outside)):
+            if bool(part.any()):
+                moments.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
+        if sampled:
+            step = -(-x.shape[-1] // max(room, 1))
+            inputs.append(_joined(x[~outside.to(x.device), ..., ::step]))
+            outputs.append(_joined(y[~outside.to(y.device), ..., ::step]))
+    if not sampled:
+        return train, held, None
+    scale, shift = target.reference.scale.float(), target.reference.shift.float()
+    return (
+        train,
+        held,
+        (
+            torch.cat(inputs, -1),
+            scale[..., None] * torch.cat(outputs, -1) + shift[..., None],
+        ),
+    )
+
+
+def _joined(columns: Tensor) -> Tensor:
+    """(inputs, groups, n, positions) to (groups, n, inputs * positions)."""
+    return columns.permute(1, 2, 0, 3).flatten(2)
+
+
+def _save(path: Path, target: Target, result: LayerResult, identity: str) -> None:
+    """Write a finished layer, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_parts(target).items()}
+    metadata = {"run": identity, "result": json.dumps(asdict(result))}
+    metadata["relative_error"] = repr(target.weight.relative_error)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _restore(path: Path, target: Target, identity: str) -> LayerResult:
+    """Read a finished layer back."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("run") != identity:
+                raise ValueError(
+                    f"{path} belongs to a run with other options, weights or calibration inputs: "
+                    "choose another folder or remove it"
+                )
+            for name, tensor in stored_parts(target).items():
+                tensor.copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it to learn the layer again"
+        ) from error
+    target.weight.relative_error = float(metadata["relative_error"])
+    return LayerResult(**json.loads(metadata["result"]))
+
+
+def _identity(store: dict[str, Stored], inputs: list[Tensor], options: Learn, seed: int) -> str:
+    """Hash of all that decides the result of a run."""
+    digest = hashlib.blake2b(f"{options!r} {seed}".encode(), digest_size=16)
+    for name, held in store.items():
+        for key, tensor in held.named_buffers():
+            digest.update(f"{name} {key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for batch in inputs:
+        digest.update(f"{tuple(batch.shape)} {batch.dtype}".encode())
+        digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check(packed: nn.Module, reference: nn.Module) -> None:
+    store = dict(stored_tensors(packed))
+    if not any(isinstance(held, PackedWeight) for held in store.values()):
+        raise ValueError("the network has no packed weights: call jlcm.compress first")
+    modules = dict(reference.named_modules())
+    for name, held in store.items():
+        if not isinstance(held, PackedWeight):
+            continue
+        owner, _, tensor = name.rpartition(".")
+        original = getattr(modules.get(owner), tensor, None)
+        if not isinstance(original, Tensor) or tuple(original.shape) != held.shape:
+            raise ValueError(f"the reference network has no tensor {name!r} of shape {held.shape}")

@@ -1,0 +1,398 @@
+"""Discrete least squares: codes by coordinate descent, codebooks and scales by least squares.
+
+A weight is row_scale * scale * codebook[code]. With two of codes, codebooks and scales fixed, the
+third is a linear least-squares problem, or, for the codes, a discrete one that sequential rounding
+with error feedback (GPTQ, Frantar et al. 2023) starts and cyclic coordinate descent (LNQ, Kim et
+al. 2025) improves. All rows are treated at once. Tensors are laid out as in `objective`: (groups,
+rows, n), rows in the order of the weight, not of the packed one.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jlcm.learning.objective import Quadratic
+from jlcm.packed import PackedWeight
+from jlcm.packing import pack
+
+#: Columns updated before their effect on all others is applied in one product.
+BLOCK = 64
+#: Conjugate-gradient steps; they end sooner where the solution is exact.
+MOST_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A packed weight taken apart.
+
+    Attributes:
+        codes: (groups, rows, n) int64.
+        codebooks: (books, k) float32, each row ascending.
+        book: (groups, rows, n) int64 index of the codebook, None if there is one.
+        scales: (scales,) float32, or None.
+        scale: (groups, rows, n) int64 index of the scale, None without scales or with one.
+        row_scale: (groups, rows) float32, absorbed by the norm that follows, or None.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    book: Tensor | None
+    scales: Tensor | None
+    scale: Tensor | None
+    row_scale: Tensor | None
+
+    def entries(self) -> Tensor:
+        """(groups, rows, n) index of each weight's codeword in all codebooks written in a row."""
+        k = self.codebooks.shape[1]
+        return self.codes if self.book is None else self.book * k + self.codes
+
+    def codewords(self) -> Tensor:
+        """(groups, rows, n) codewords before scaling."""
+        return self.codebooks.view(-1)[self.entries()]
+
+    def multiplier(self) -> Tensor:
+        """What codewords are multiplied by, broadcasting against (groups, rows, n)."""
+        factor = self.codebooks.new_ones(1, 1, 1)
+        if self.scales is not None:
+            factor = self.scales.view(1, 1, 1) if self.scale is None else self.scales[self.scale]
+        return factor if self.row_scale is None else factor * self.row_scale[..., None]
+
+    def weight(self) -> Tensor:
+        """(groups, rows, n) the decoded weight, row scales included."""
+        return self.codewords() * self.multiplier()
+
+    def rounded(self) -> "Factors":
+        """Codebooks ascending and, like scales, rounded to float16 as they are stored."""
+        books, order = self.codebooks.sort(dim=1, stable=True)
+        rank = order.argsort(1).view(-1)
+        scales = None if self.scales is None else _to_half(self.scales)
+        return replace(self, codes=rank[self.entries()], codebooks=_to_half(books), scales=scales)
+
+
+def _to_half(values: Tensor) -> Tensor:
+    return values.clamp(-65504, 65504).half().float()
+
+
+def unpack_factors(packed: PackedWeight, groups: int) -> Factors:
+    """Take a packed weight apart, rows back in the order of the weight."""
+    rows, order = packed.rows, packed.row_order()
+
+    def natural(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        values = values.view(rows, -1)
+        if order is not None:
+            values = torch.empty_like(values).index_copy_(0, order, values)
+        return values.view(groups, rows // groups, -1)
+
+    scale = None
+    if packed.scales is not None and packed.scales.numel() > 1:
+        count = packed.scales.numel()
+        position = torch.arange(packed.count, device=packed.codes.device)
+        scale = position * count // packed.count
+    return Factors(
+        codes=natural(packed.unpack_codes().long()),
+        codebooks=packed.codebooks.float(),
+        book=natural(packed.codebook_index()),
+        scales=None if packed.scales is None else packed.scales.float(),
+        scale=natural(scale),
+        row_scale=None,
+    )
+
+
+def pack_factors(packed: PackedWeight, factors: Factors) -> dict[str, Tensor]:
+    """Codes, codebooks and scales as `packed` stores them, without the row scales."""
+    factors = factors.rounded()
+    codes, order = factors.codes.reshape(packed.rows, -1), packed.row_order()
+    codes = codes if order is None else codes[order]
+    parts = {"codes": pack(codes.reshape(-1), packed.bits), "codebooks": factors.codebooks.half()}
+    if factors.scales is not None:
+        parts["scales"] = factors.scales.half()
+    return parts
+
+
+def nearest_codes(factors: Factors, values: Tensor) -> Tensor:
+    """(groups, rows, n) int64 codes nearest to values already divided by the multiplier."""
+    return _nearest(factors.codebooks, factors.book, values)
+
+
+def _nearest(codebooks: Tensor, book: Tensor | None, values: Tensor) -> Tensor:
+    if book is None:
+        # Bucketing needs ascending codewords; least squares may have crossed two of them.
+        ascending, order = codebooks[0].sort()
+        codes = torch.bucketize(values.contiguous(), (ascending[1:] + ascending[:-1]) / 2)
+        return codes if bool((order[1:] > order[:-1]).all()) else order[codes]
+    best = torch.full_like(values, float("inf"))
+    codes = torch.zeros_like(book)
+    for code in range(codebooks.shape[1]):
+        distance = (values - codebooks[:, code][book]).abs()
+        closer = distance < best
+        best = torch.where(closer, distance, best)
+        codes = torch.where(closer, code, codes)
+    return codes
+
+
+class _Columns:
+    """Factors laid out column by column, (n, groups, rows): the loops below go over columns."""
+
+    def __init__(self, factors: Factors) -> None:
+        shape = factors.codes.shape
+        self.books, self.book = factors.codebooks, _by_column(factors.book)
+        self.multiplier = _by_column(factors.multiplier().expand(shape))
+        self.divisor = torch.where(self.multiplier != 0, self.multiplier, 1.0)
+        if self.book is None:
+            self.ascending, self.order = self.books[0].sort()
+            self.middle = (self.ascending[1:] + self.ascending[:-1]) / 2
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes nearest to values of one column (groups, rows), and the values they stand for."""
+        scaled = values / self.divisor[column]
+        if self.book is None:
+            place = torch.bucketize(scaled, self.middle)
+            return place, self.ascending[place] * self.multiplier[column]
+        book = self.book[column]
+        codes = _nearest(self.books, book, scaled)
+        return codes, self.books[book, codes] * self.multiplier[column]
+
+    def codes(self, found: Tensor) -> Tensor:
+        """(groups, rows, n) codes from what `nearest` returned for all columns."""
+        found = found if self.book is not None else self.order[found]
+        return found.permute(1, 2, 0).contiguous()
+
+
+def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> Factors:
+    """Round column by column, each rounding error fed forward to the columns left (GPTQ).
+
+    Args:
+        problem: with an invertible Gram matrix.
+        target: (groups, rows, n) minimiser of the problem.
+        factors: codebooks and scales to use.
+    """
+    gram = problem.gram.double()
+    # Columns of much energy first (GPTQ's "act-order"): later ones absorb their errors.
+    order = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
+    gram = gram[:, order][:, :, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    columns, places = _Columns(factors), order.tolist()
+    left = _by_column(target)[order]
+    found = torch.empty(left.shape, dtype=torch.int64, device=left.device)
+    for start in range(0, len(places), BLOCK):
+        stop = min(start + BLOCK, len(places))
+        errors = torch.empty_like(left[start:stop])
+        for i in range(start, stop):
+            code, rounded = columns.nearest(left[i], places[i])
+            error = (left[i] - rounded) / upper[:, i, i, None]
+            found[places[i]], errors[i - start] = code, error
+            left[i + 1 : stop] -= upper[:, i, i + 1 : stop].T[..., None] * error
+        rest = errors.permute(1, 2, 0) @ upper[:, start:stop, stop:]
+        left[stop:] -= rest.permute(2, 0, 1)
+    return replace(factors, codes=columns.codes(found))
+
+
+def coordinate_descent(problem: Quadratic, factors: Factors, sweeps: int) -> Factors:
+    """Set each code to its best value with all others fixed, cyclically; never raises the loss."""
+    gram, columns = problem.gram, _Columns(factors)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).T[..., None]  # n, groups, 1
+    inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-30), 0.0)
+    weight = _by_column(factors.weight())
+    # A tie or rounding noise is no reason to move.
+    margin = 1e-6 * columns.divisor.abs()
+    found = _by_column(factors.codes)
+    if columns.book is None:
+        found = columns.order.argsort()[found]
+    n = len(weight)
+    for _ in range(sweeps):
+        # Half the gradient, computed afresh in each sweep so that rounding errors do not pile up.
+        slope = _by_column(weight.permute(1, 2, 0) @ gram - problem.cross)
+        changed = False
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            moves = torch.zeros_like(slope[start:stop])
+            block = slope[start:stop].clone()
+            for i in range(start, stop):
+                best = weight[i] - block[i - start] * inverse[i]
+                code, value = columns.nearest(best, i)
+                move = (weight[i] - best).abs() - (value - best).abs() > margin[i]
+                step = torch.where(move, value - weight[i], 0.0)
+                found[i] = torch.where(move, code, found[i])
+                weight[i] += step
+                moves[i - start] = step
+                block[i - start :] += gram[:, i, i:stop].T[..., None] * step
+            if bool(moves.any()):
+                changed = True
+                slope += (moves.permute(1, 2, 0) @ gram[:, start:stop]).permute(2, 0, 1)
+        if not changed:
+            break
+    return replace(factors, codes=columns.codes(found))
+
+
+def least_squares_codebooks(problem: Quadratic, factors: Factors) -> Factors:
+    """Codebooks that minimise the loss for given codes and scales; unused codewords stay."""
+    books = factors.codebooks
+    values = _least_squares(
+        problem,
+        factors.entries(),
+        factors.multiplier().expand(factors.codes.shape),
+        books.view(-1),
+        iterations=min(books.numel(), MOST_STEPS),
+    )
+    return replace(factors, codebooks=values.view_as(books))
+
+
+def least_squares_scales(problem: Quadratic, factors: Factors) -> Factors:
+    """Scales that minimise the loss for given codes and codebooks."""
+    if factors.scales is None:
+        return factors
+    index = torch.zeros_like(factors.codes) if factors.scale is None else factors.scale
+    factor = factors.codewords()
+    if factors.row_scale is not None:
+        factor = factor * factors.row_scale[..., None]
+    steps = min(len(factors.scales), MOST_STEPS)
+    scales = _least_squares(problem, index, factor, factors.scales, iterations=steps)
+    return replace(factors, scales=scales)
+
+
+def least_squares_rows(problem: Quadratic, factors: Factors) -> Factors:
+    """Row scales that minimise the loss of each row; a row of zeros keeps its scale."""
+    if factors.row_scale is None:
+        return factors
+    weight = replace(factors, row_scale=None).weight()
+    square = ((weight @ problem.gram) * weight).sum(-1)
+    product = (weight * problem.cross).sum(-1)
+    fitted = torch.where(square > 0, product / square, factors.row_scale)
+    return replace(factors, row_scale=torch.where(fitted != 0, fitted, factors.row_scale))
+
+
+def _least_squares(
+    problem: Quadratic, index: Tensor, factor: Tensor, start: Tensor, iterations: int
+) -> Tensor:
+    """Minimise the loss over v where the weight is factor * v[index], by conjugate gradients.
+
+    It serves every layout of groups. A codebook of k entries is exact after k steps.
+    """
+    index = index.reshape(-1)
+    rows = problem.weights[..., None]
+    rows = rows / rows.mean().clamp(min=1e-30)
+
+    def gather(values: Tensor) -> Tensor:
+        return factor * values[index].view_as(factor)
+
+    def scatter(gradient: Tensor) -> Tensor:
+        summed = torch.zeros_like(start, dtype=torch.float64)
+        return summed.index_add_(0, index, (factor * rows * gradient).double().view(-1))
+
+    diagonal = problem.gram.diagonal(dim1=-2, dim2=-1)[:, None]
+    curvature = scatter(factor * diagonal)
+    used = curvature > 1e-12 * curvature.max().clamp(min=1e-30)
+    inverse = torch.where(used, 1 / curvature, 0.0)
+    values = start.double()
+    residual = scatter(problem.cross - gather(start) @ problem.gram)
+    direction = preconditioned = inverse * residual
+    inner = first = float(residual @ preconditioned)
+    for _ in range(iterations + 4):
+        if not inner > 1e-12 * max(first, 1e-300):
+            break
+        image = scatter(gather(direction.to(start.dtype)) @ problem.gram)
+        bend = float(direction @ image)
+        if bend <= 0:
+            break
+        step = inner / bend
+        values = values + step * direction
+        residual = residual - step * image
+        preconditioned = inverse * residual
+        previous, inner = inner, float(residual @ preconditioned)
+        direction = preconditioned + inner / previous * direction
+    return values.to(start.dtype)
+
+
+def cluster_rows(problem: Quadratic, target: Tensor, factors: Factors, steps: int = 12) -> Factors:
+    """Start again with a scale for each row: weighted k-means of the target's normalised rows.
+
+    Every weight counts by its diagonal curvature. Scales of groups are normalised likewise, so all
+    encodings are served.
+    """
+    diagonal = problem.gram.diagonal(dim1=-2, dim2=-1)[:, None]
+    row_scale = (target.square().mean(-1)).sqrt()
+    row_scale = torch.where(row_scale > 0, row_scale, 1.0)
+    values = target / row_scale[..., None]
+    scales = factors.scales
+    if scales is not None:
+        index = torch.zeros_like(factors.codes) if factors.scale is None else factors.scale
+        scales = _group_rms(values, index.reshape(-1), scales.numel())
+        values = values / scales[index]
+    entries = factors.codebooks.shape
+    index = torch.zeros_like(factors.codes) if factors.book is None else factors.book
+    spread = _group_rms(factors.codewords(), index.reshape(-1), entries[0])
+    wanted = _group_rms(values, index.reshape(-1), entries[0])
+    factors = replace(
+        factors,
+        scales=scales,
+        row_scale=row_scale,
+        codebooks=factors.codebooks * (wanted / spread)[:, None],
+    )
+    importance = (diagonal * problem.weights[..., None] * factors.multiplier().square()).expand(
+        target.shape
+    )
+    for _ in range(steps):
+        factors = replace(factors, codes=nearest_codes(factors, values))
+        flat = factors.entries().view(-1)
+        zeros = torch.zeros(entries.numel(), dtype=torch.float64, device=values.device)
+        mass = zeros.index_add(0, flat, importance.double().reshape(-1))
+        total = zeros.index_add(0, flat, (importance * values).double().reshape(-1))
+        centres = torch.where(mass > 0, total / mass, factors.codebooks.double().view(-1))
+        factors = replace(factors, codebooks=centres.float().view(entries).sort(1).values)
+    return replace(factors, codes=nearest_codes(factors, values))
+
+
+def _group_rms(values: Tensor, index: Tensor, groups: int) -> Tensor:
+    """(groups,) root mean square of each group, 1 where it is zero."""
+    zeros = torch.zeros(groups, dtype=torch.float64, device=values.device)
+    squares = zeros.index_add(0, index, values.double().square().reshape(-1))
+    count = zeros.index_add(0, index, torch.ones_like(index, dtype=torch.float64))
+    rms = (squares / count.clamp(min=1)).sqrt().float()
+    return torch.where(rms > 0, rms, 1.0)
+
+
+def solve(
+    problem: Quadratic,
+    factors: Factors,
+    *,
+    rounds: int,
+    sweeps: int,
+    row_scale: bool,
+) -> tuple[Factors, list[float]]:
+    """Alternate codes, codebooks, scales and row scales.
+
+    Args:
+        problem: with an invertible Gram matrix (`Quadratic.damped`).
+        factors: to start from; with `row_scale` only their layout counts.
+        rounds: outer rounds.
+        sweeps: coordinate-descent sweeps in a round.
+        row_scale: fit a scale for each row.
+
+    Returns:
+        The factors of least loss among the rounds, and the loss after each.
+    """
+    target = problem.minimiser()
+    if row_scale:
+        factors = cluster_rows(problem, target, factors)
+    best, least, curve = factors, float(problem.loss(factors.weight())), []
+    for round_ in range(rounds):
+        if round_ == 0:
+            factors = feedback_rounding(problem, target, factors)
+        factors = coordinate_descent(problem, factors, sweeps)
+        factors = least_squares_rows(problem, factors)
+        factors = least_squares_codebooks(problem, factors)
+        factors = least_squares_scales(problem, factors)
+        curve.append(float(problem.loss(factors.weight())))
+        if curve[-1] < least:
+            best, least = factors, curve[-1]
+    rounded = best.rounded()
+    return coordinate_descent(problem, rounded, 1), curve
+
+
+def _by_column(values: Tensor | None) -> Tensor | None:
+    """(groups, rows, n) to a contiguous (n, groups, rows)."""
+    return None if values is None else values.permute(2, 0, 1).contiguous()

@@ -1,0 +1,223 @@
+"""A packed network whose codebooks, scales and vectors receive gradients.
+
+The copy keeps the packed network's modules and their forward; only what decodes a tensor is
+replaced. A codeword's gradient is the sum over the weights that use it, a scale's the sum over its
+group, exact and without a dense one-hot tensor.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from jlcm.clustering.scalar import assign
+from jlcm.layers import STORE, HalfTensor, Stored, stored_tensors
+from jlcm.packed import PackedWeight, group_sizes
+from jlcm.packing import pack
+
+#: Gradient steps of a zero vector (biases that start at 0) are taken in this unit.
+LEAST_UNIT = 1e-2
+
+
+class TrainableWeight(nn.Module):
+    """Stands in for a `PackedWeight`: decodes with gradients.
+
+    Attributes:
+        codebooks: (groups, codewords) float32 parameter, each row ascending.
+        scales: (groups,) float32 parameter, or None.
+        latent: (N,) float32 parameter in the unit of the codewords, or None where the codes are
+            fixed. A weight's code is the codeword nearest to its latent value; the gradient of the
+            codeword passes straight through to the latent value.
+        codes: (N,) uint8, of the re-ordered rows.
+    """
+
+    def __init__(self, packed: PackedWeight, original: Tensor | None, *, codes: bool) -> None:
+        """Start at the packed weight.
+
+        Args:
+            packed: the weight.
+            original: the full-precision weight, or None. A latent value starts at the original
+                weight if that is nearest to the weight's codeword, else at the codeword.
+            codes: whether the codes are learned.
+        """
+        super().__init__()
+        self.shape, self.rows, self.dtype = packed.shape, packed.rows, packed.dtype
+        self.bits = packed.bits
+        self.codebooks = nn.Parameter(packed.codebooks.float())
+        has_scales = packed.scales is not None
+        self.scales = nn.Parameter(packed.scales.float()) if has_scales else None
+        self.latent = None
+        self.register_buffer("codes", packed.unpack_codes())
+        self.register_buffer("order", packed.row_order())
+        group, books = packed.codebook_index(), packed.codebooks.shape[0]
+        self.register_buffer("group", None if group is None else group.int())
+        self.register_buffer(
+            "book_sizes", None if group is None else group.bincount(minlength=books)
+        )
+        # Tiles interleave: their weights are brought together to be assigned.
+        tiled = group is not None and packed.tile is not None
+        self.register_buffer("by_group", group.argsort(stable=True) if tiled else None)
+        sizes = group_sizes(packed.count, packed.scales.numel()) if has_scales else None
+        self.register_buffer("scale_sizes", sizes)
+        if codes:
+            self.latent = nn.Parameter(self._initial_latent(packed, original))
+
+    def forward(self) -> Tensor:
+        """Decode: `shape` tensor of `dtype`."""
+        index = self.codes.int()
+        if self.group is not None:
+            index += self.group * self.codebooks.shape[1]
+        values = _Decode.apply(self.codebooks, self.scales, self.latent, index, self.scale_sizes)
+        values = values.view(self.rows, -1)
+        if self.order is not None:
+            values = torch.zeros_like(values).index_copy(0, self.order, values)
+        return values.view(self.shape).to(self.dtype)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """After a step: keep codebooks ascending, and move codes to the nearest codewords."""
+        self.codebooks.copy_(self.codebooks.cummax(1).values)
+        if self.latent is not None:
+            self.codes = self._nearest(self.latent, self.codebooks)
+
+    def units(self) -> Iterator[tuple[str, nn.Parameter, float]]:
+        """Each parameter with its kind and the unit that its learning rate is relative to."""
+        yield "codebooks", self.codebooks, _rms(self.codebooks)
+        if self.scales is not None:
+            yield "scales", self.scales, _rms(self.scales)
+        if self.latent is not None:
+            books = self.codebooks.detach()
+            gap = float((books[:, -1] - books[:, 0]).mean()) / max(books.shape[1] - 1, 1)
+            yield "codes", self.latent, gap
+
+    def write(self, packed: PackedWeight) -> None:
+        """Round to float16 and store; shapes and bytes stay as they are."""
+        packed.codebooks = _rounded(self.codebooks, packed.codebooks)
+        if self.scales is not None:
+            packed.scales = _rounded(self.scales, packed.scales)
+        if self.latent is not None:
+            packed.codes = pack(self.codes, self.bits)
+
+    def _initial_latent(self, packed: PackedWeight, original: Tensor | None) -> Tensor:
+        centre = packed.codeword_per_weight()
+        if original is None or original.shape != self.shape:
+            return centre
+        values = original.detach().to(centre.device).float().reshape(self.rows, -1)
+        values = (values if self.order is None else values[self.order]).reshape(-1)
+        scales = packed.scale_per_weight()
+        if scales is not None:
+            values = torch.where(scales > 0, values / scales, centre)
+        same = self._nearest(values, self.codebooks) == self.codes
+        return torch.where(same, values, centre)
+
+    def _nearest(self, values: Tensor, codebooks: Tensor) -> Tensor:
+        codebooks, values = codebooks.detach(), values.detach()
+        if self.by_group is None:
+            return assign(values, codebooks, sizes=self.book_sizes)
+        codes = assign(values[self.by_group], codebooks, sizes=self.book_sizes)
+        return torch.empty_like(codes).index_copy_(0, self.by_group, codes)
+
+
+class TrainableTensor(nn.Module):
+    """Stands in for a `HalfTensor` (biases, norms).
+
+    Attributes:
+        values: float32 parameter.
+    """
+
+    def __init__(self, half: HalfTensor) -> None:
+        """Start at the stored values."""
+        super().__init__()
+        self.dtype = half.dtype
+        self.values = nn.Parameter(half.values.float())
+
+    def forward(self) -> Tensor:
+        """The tensor in the computing dtype."""
+        return self.values.to(self.dtype)
+
+    def project(self) -> None:
+        """Nothing restricts the values."""
+
+    def units(self) -> Iterator[tuple[str, nn.Parameter, float]]:
+        """The parameter with its kind and the unit that its learning rate is relative to."""
+        yield "vectors", self.values, max(_rms(self.values), LEAST_UNIT)
+
+    def write(self, half: HalfTensor) -> None:
+        """Round to the stored 16-bit dtype."""
+        half.values = _rounded(self.values, half.values)
+
+
+Trainable = TrainableWeight | TrainableTensor
+
+
+def trainable_copy(
+    packed: nn.Module, reference: nn.Module, *, codes: bool
+) -> tuple[nn.Module, dict[str, tuple[Trainable, PackedWeight | HalfTensor]]]:
+    """Copy a packed network with everything trainable that costs no bytes to change.
+
+    Args:
+        packed: a compressed network; it is left as it is.
+        reference: the original network, whose weights the latent values start at.
+        codes: whether codes are learned as well.
+
+    Returns:
+        The copy, in evaluation mode, and by name each trainable tensor with the stored tensor that
+        it was made from and is written to. Tensors that modules share come once.
+    """
+    originals = dict(reference.named_parameters())
+    stored = dict(stored_tensors(packed))
+    twin = copy.deepcopy(packed).eval().requires_grad_(False)
+    made: dict[int, Trainable] = {}
+    trainables: dict[str, tuple[Trainable, PackedWeight | HalfTensor]] = {}
+    for name, copied in list(stored_tensors(twin)):
+        if not _is_trainable(copied):
+            continue
+        if id(copied) not in made:
+            if isinstance(copied, PackedWeight):
+                made[id(copied)] = TrainableWeight(copied, originals.get(name), codes=codes)
+            else:
+                made[id(copied)] = TrainableTensor(copied)
+            trainables[name] = made[id(copied)], stored[name]
+        module, _, tensor = name.rpartition(".")
+        twin.get_submodule(module)._modules[STORE][tensor] = made[id(copied)]
+    return twin, trainables
+
+
+class _Decode(torch.autograd.Function):
+    """(N,) decoded weights; gradients pass straight through to the latent values."""
+
+    @staticmethod
+    def forward(ctx, codebooks, scales, latent, index, sizes):  # noqa: D102
+        values = codebooks.reshape(-1).index_select(0, index)
+        per_weight = None if scales is None else scales.repeat_interleave(sizes)
+        ctx.save_for_backward(index, sizes, per_weight, None if scales is None else values)
+        ctx.books = codebooks.shape
+        return values if scales is None else values * per_weight
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: D102
+        index, sizes, per_weight, values = ctx.saved_tensors
+        of_scales = None
+        if per_weight is not None:
+            of_scales = torch.segment_reduce(gradient * values, "sum", lengths=sizes)
+            gradient = gradient * per_weight
+        of_books = index.bincount(weights=gradient, minlength=ctx.books.numel())
+        of_latent = gradient if ctx.needs_input_grad[2] else None
+        return of_books.view(ctx.books).to(gradient.dtype), of_scales, of_latent, None, None
+
+
+def _is_trainable(stored: Stored) -> bool:
+    if isinstance(stored, HalfTensor):
+        return stored.values.is_floating_point()
+    return isinstance(stored, PackedWeight)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.detach().float().square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _rounded(values: Tensor, like: Tensor) -> Tensor:
+    """Round to a 16-bit dtype, at the largest value it holds where it would overflow."""
+    most = torch.finfo(like.dtype).max
+    return values.detach().clamp(-most, most).to(like.dtype)
