@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Packages whose functions a packed file may call. A file from elsewhere must not be able to
-#: run arbitrary code, so `jlcm.load` refuses every other builder unless it is given a model.
-TRUSTED_PACKAGES = ("torchvision", "timm", "transformers", "diffusers", "jlcm")
+#: Packages whose functions a packed file may call, directly or through the package above. A file
+#: from elsewhere must not run arbitrary code: `jlcm.load` refuses every other builder.
+TRUSTED_PACKAGES = ("torchvision.models", "timm.models")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,12 @@ class Architecture:
 
     def __post_init__(self) -> None:
         """Check the form of the reference, before anything is imported."""
-        package = self.builder.partition(":")[0].partition(".")[0]
-        if self.builder.count(":") != 1 or not package:
+        module = self.builder.partition(":")[0]
+        if self.builder.count(":") != 1 or not module:
             raise ValueError(
                 f"architecture builder {self.builder!r} is not of the form 'module:function'"
             )
-        if package not in TRUSTED_PACKAGES:
+        if not _trusted(module) and f"{module}.models" not in TRUSTED_PACKAGES:
             raise ValueError(
                 f"architecture builder {self.builder!r} is not in {', '.join(TRUSTED_PACKAGES)}: "
                 "build the model yourself and pass it as jlcm.load(path, model=...)"
@@ -57,8 +57,7 @@ class Architecture:
         module, _, function = self.builder.partition(":")
         build = getattr(importlib.import_module(module), function)
         # Trusted packages import functions from elsewhere, which are reachable through them.
-        home = (getattr(build, "__module__", None) or "").partition(".")[0]
-        if not callable(build) or home not in TRUSTED_PACKAGES:
+        if not callable(build) or not _trusted(getattr(build, "__module__", None) or ""):
             raise ValueError(f"architecture builder {self.builder!r} is no function of its package")
         try:
             with torch.device(device):
@@ -69,6 +68,10 @@ class Architecture:
             if device != "meta":
                 raise
         return build(**self.arguments).eval()
+
+
+def _trusted(module: str) -> bool:
+    return any(module == p or module.startswith(f"{p}.") for p in TRUSTED_PACKAGES)
 
 
 def unregistered_meta(model: nn.Module) -> list[str]:

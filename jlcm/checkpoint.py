@@ -47,8 +47,8 @@ def save(
     Args:
         model: returned by `jlcm.compress`.
         path: usually *.safetensors; its folder is made if needed.
-        architecture: how `jlcm.load` rebuilds the network. Without it, `jlcm.load` must be given a
-            network of the same architecture.
+        architecture: how `jlcm.load` rebuilds the network; by default the one that the model was
+            loaded with. Without any, `jlcm.load` must be given a network of the same architecture.
 
     Returns:
         The path.
@@ -60,7 +60,7 @@ def save(
     path = Path(path)
     if not isinstance(getattr(model, "compression", None), Compression):
         raise ValueError("only a model that jlcm.compress returned can be saved")
-    tensors, metadata = _serialise(model, architecture)
+    tensors, metadata = _serialise(model, architecture or getattr(model, "architecture", None))
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     needed += sum(len(text) for text in metadata.values()) + 2**16
@@ -115,6 +115,7 @@ def load(
     header, tensors = read_tensors(path, verify=verify)
     if model is None:
         model = _build(path, header["architecture"])
+        model.architecture = Architecture(**header["architecture"])
     try:
         _fill(model, header, tensors)
         model.compression = Compression(**header["compression"])

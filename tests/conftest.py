@@ -1,10 +1,13 @@
 """Small networks shared by the tests. Nobody may change the session's networks in place."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+import jlcm
 
 torch.set_num_threads(1)  # the networks are tiny, threads would only wait for each other
 
@@ -126,3 +129,22 @@ def networks(cnn, vit, mlp, images) -> dict[str, tuple[nn.Module, Tensor]]:
         "mlp": (mlp, images[:, 0, :8, :3].reshape(4, 24)),
     }
     return {name: (copy.deepcopy(model), inputs) for name, (model, inputs) in pairs.items()}
+
+
+def compress(model: nn.Module, **options) -> nn.Module:
+    return jlcm.compress(model, **{"alpha": 4.5, "init": "kmeans", "progress": False, **options})
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+
+
+@pytest.fixture(scope="module")
+def packed() -> nn.Module:
+    torch.manual_seed(0)
+    return jlcm.compress(small(), alpha=3.5, encoding="auto", progress=False)
+
+
+@pytest.fixture
+def path(packed, tmp_path) -> Path:
+    return jlcm.save(packed, tmp_path / "small.safetensors")

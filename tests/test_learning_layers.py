@@ -168,6 +168,17 @@ def test_reported_losses_are_those_of_the_network():
     assert learned.after == pytest.approx(float(direct), rel=1e-3)
 
 
+def test_held_out_inputs_choose_the_damping():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32)).eval().requires_grad_(False)
+    # Few inputs for 64 unknowns a row: a small ridge follows their noise.
+    x, found = torch.randn(60, 64), {}
+    for ridges in ((0.001,), (3.0,), (0.001, 3.0)):
+        packed = pack(model, alpha=7.5)
+        found[ridges] = learn(packed, model, x, with_(damping=ridges))[0].after
+    assert found[0.001, 3.0] == min(found.values())
+
+
 def test_moments_are_matched_after_learning():
     model = network()
     packed = pack(model, alpha=7.5)

@@ -64,8 +64,8 @@ class Learn:
     statistics: str = "moments"
     activation: bool = False
     damping: tuple[float, ...] = (0.01, 0.1, 1.0)
-    rounds: int = 4
-    sweeps: int = 3
+    rounds: int = 2
+    sweeps: int = 2
     polish: int = 3
     sign: str = "corrected"
     distance: str = "relative"
