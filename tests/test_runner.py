@@ -140,15 +140,10 @@ def test_readme_commands_compose():
 def test_readme_main_job(tmp_path_factory):
     """The first command of the README, in this environment: a real network in a real file."""
     results = tmp_path_factory.mktemp("main")
+    options = f"model=resnet18 init=hierarchical results_dir={results} output=json"
+    stamp = f"{sys.prefix}/.run"  # this environment is installed already
     result = subprocess.run(
-        [
-            sys.executable,
-            "run.py",
-            "model=resnet18",
-            "init=hierarchical",
-            f"results_dir={results}",
-            "output=json",
-        ],
+        ["make", "-o", stamp, "run", f"VENV={sys.prefix}", f"ARGS={options}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -158,3 +153,33 @@ def test_readme_main_job(tmp_path_factory):
     assert record["original"]["top1"] >= 98
     assert 7.5 <= record["footprint"]["alpha_layers"] <= 1.02 * 7.5
     assert record["footprint"]["file_bytes"] == os.path.getsize(record["file"])
+
+
+def test_readme_example(tmp_path, monkeypatch, capsys):
+    """The Python of the README runs as it stands."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    alpha, shape = capsys.readouterr().out.splitlines()
+    assert 7 < float(alpha) < 7.5 and shape == "torch.Size([1, 10])"
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path):
+    """Every other command of the README, whole; sweeps take minutes."""
+    data = Path(os.environ.get("JLCM_DATA", ROOT.parent / "shared" / "data")) / "vision"
+    if not (data / "imagenet_like_1000.tsv").is_file():
+        pytest.skip(f"no images in {data}: set JLCM_DATA")
+    lists = {
+        "DIR/list.tsv": str(data / "imagenet_like_1000.tsv"),
+        "DIR": str(data / "imagenet_like_1000"),
+    }
+    for command in readme_commands():
+        for placeholder, value in lists.items():
+            command = command.replace(placeholder, value)
+        words = shlex.split(command)
+        if words[0] != "python" or "pip" in words:
+            continue
+        if "run.py" in words and "--help" not in words:
+            words += [f"results_dir={tmp_path}"]
+        subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
