@@ -143,7 +143,15 @@ def test_readme_main_job(tmp_path_factory):
     options = f"model=resnet18 init=hierarchical results_dir={results} output=json"
     stamp = f"{sys.prefix}/.run"  # this environment is installed already
     result = subprocess.run(
-        ["make", "-o", stamp, "run", f"VENV={sys.prefix}", f"ARGS={options}"],
+        [
+            "make",
+            "--no-print-directory",
+            "-o",
+            stamp,
+            "run",
+            f"VENV={sys.prefix}",
+            f"ARGS={options}",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
