@@ -404,3 +404,27 @@ def test_weights_without_elements_are_passed_over():
         model = nn.Sequential(nn.Linear(4, 8), nn.Linear(0, 8))
     packed = compress(model, alpha=2.5)
     assert [layer.name for layer in jlcm.footprint(packed).layers] == ["0.weight"]
+
+
+@pytest.mark.parametrize("reorder", ["auto", "none"])
+def test_learning_lowers_the_output_error_at_equal_bytes(cnn, reorder):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(72, 3, 16, 16, generator=generator)
+    options = {"reorder": reorder, "example_inputs": images[:1], "encoding": "multi_codebook"}
+    start = compress(cnn, **options)
+    learned = compress(
+        cnn,
+        **options,
+        calibration=images[:48],
+        learn=jlcm.Learn(kind="lnq"),
+        distill=jlcm.Distill(epochs=2),
+    )
+    assert jlcm.footprint(learned).as_dict() == jlcm.footprint(start).as_dict()
+    assert [type(result).__name__ for result in learned.learning[-2:]] == [
+        "LayerResult",
+        "DistillResult",
+    ]
+    with torch.no_grad():
+        target = cnn(images[48:])  # not seen by the learning
+        before, after = ((m(images[48:]) - target).norm() for m in (start, learned))
+    assert after < 0.8 * before

@@ -167,3 +167,9 @@ def test_propagation_needs_example_inputs(mlp):
 def test_unreachable_goals_say_what_is_reached(mlp):
     with pytest.raises(Invalid, match=r"alpha=15.99 cannot be reached .* reach 1\d\.\d+"):
         compress(mlp, alpha=15.99)
+
+
+@pytest.mark.parametrize("stage", [{"learn": jlcm.Learn()}, {"distill": jlcm.Distill()}])
+def test_learning_needs_calibration_inputs(mlp, stage):
+    with pytest.raises(Invalid, match="calibration"):
+        compress(mlp, **stage)

@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import DigitsConfig, ImageListConfig, register, run_id
 from experiments.overrides import check_overrides, one_line, valid_keys
-from experiments.runner import check_options, choose_device
+from experiments.runner import check_options, choose_device, learning_options
 
 register()
 
@@ -96,3 +96,16 @@ def test_identity_ignores_the_machine_and_nothing_else():
     different = ("alpha=5.33", "seed=1", "init=kmeans", "encoding=auto", "data.image_size=64")
     assert {run_id(composed(o)) for o in same} == {base}
     assert len({run_id(composed(o)) for o in different} | {base}) == len(different) + 1
+
+
+@pytest.mark.parametrize("kind", ["none", "codebook", "joint", "proximal", "lnq", "distill"])
+def test_every_learn_composes_and_is_valid(kind):
+    learn, distill = learning_options(OmegaConf.to_object(composed(f"learn={kind}")))
+    assert (learn is None) == (kind == "none") and (distill is None) == (kind != "distill")
+
+
+def test_unknown_learning_options_are_refused():
+    with pytest.raises(ValueError, match="learning_rate"):
+        learning_options(OmegaConf.to_object(composed("+learn.options.learning_rate=1")))
+    with pytest.raises(ValueError, match="corrected, printed"):
+        learning_options(OmegaConf.to_object(composed("learn=joint", "+learn.options.sign=other")))
