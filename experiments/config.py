@@ -92,8 +92,8 @@ class ReorderConfig:
 class LearnConfig:
     """Learning after the initialisation: layer by layer, then end to end.
 
-    `options` and `distill` are fields of `jlcm.Learn` and `jlcm.Distill`; `distill` null leaves the
-    second stage out.
+    `options` and `distill` are fields of `jlcm.Learn` and `jlcm.Distill`, added with a plus
+    (+learn.options.sign=printed); `distill` null leaves the second stage out.
     """
 
     kind: str = "none"
