@@ -2,27 +2,18 @@
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from jlcm.files import replacing
 
 RECORD = "record.json"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
     """Write a record atomically; NaN and Inf become null, which JSON has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_finite(record), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / RECORD)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(_finite(record), indent=1, allow_nan=False))
     return folder / RECORD
 
 

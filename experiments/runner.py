@@ -26,6 +26,7 @@ from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.models import Network, load_network
 from experiments.records import read_record, write_record
 from jlcm.config import REORDERINGS, Invalid, check_alpha, check_choice
+from jlcm.files import replacing
 
 PACKED_FILE = "packed.safetensors"
 
@@ -197,10 +198,8 @@ def _original_logits(
         kept = load_file(path)
         return kept["logits"], kept["labels"]
     logits, labels = _predict(config, network.module.to(device), data, device, "original")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{platform.node()}-{time.time_ns()}")
-    save_file({"logits": logits, "labels": labels}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({"logits": logits, "labels": labels}, temporary)
     return logits, labels
 
 

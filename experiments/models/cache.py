@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from jlcm.files import replacing
 
 #: Name of the checksum among a file's metadata.
 _CHECKSUM = "sha256"
@@ -26,17 +27,10 @@ def save_state(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, s
         state: tensors on any device.
         metadata: strings kept in the file's header.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Clones: safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(state, temporary, metadata={**metadata, _CHECKSUM: _checksum(state)})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -11,8 +11,6 @@ import copy
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
+from jlcm.files import replacing
 from jlcm.layers import stored_tensors
 from jlcm.learning.forward import (
     EVALUATION_BATCH,
@@ -420,14 +419,6 @@ def _fingerprint(options: Distill, seed: int, initial: dict[str, Tensor], inputs
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)

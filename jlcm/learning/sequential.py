@@ -7,8 +7,6 @@ keep their shapes, and what follows a layer anyway (bias, norm scale and shift) 
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from jlcm.files import replacing
 from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.layer import (
@@ -266,17 +265,11 @@ def _joined(columns: Tensor) -> Tensor:
 
 def _save(path: Path, target: Target, result: LayerResult, identity: str) -> None:
     """Write a finished layer, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_parts(target).items()}
     metadata = {"run": identity, "result": json.dumps(asdict(result))}
     metadata["relative_error"] = repr(target.weight.relative_error)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _restore(path: Path, target: Target, identity: str) -> LayerResult:
