@@ -90,14 +90,18 @@ class ReorderConfig:
 
 @dataclass(kw_only=True)
 class LearnConfig:
-    """Learning after the initialisation: layer by layer, then end to end.
+    """Learning after the initialisation: layer by layer, block by block, then end to end.
 
-    `options` and `distill` are fields of `jlcm.Learn` and `jlcm.Distill`, added with a plus
-    (+learn.options.sign=printed); `distill` null leaves the second stage out.
+    `allocation` and `importance` are arguments of `jlcm.compress` that need calibration inputs.
+    `options`, `blocks` and `distill` are fields of `jlcm.Learn`, `jlcm.Blocks` and `jlcm.Distill`,
+    added with a plus (+learn.options.sign=printed). Null leaves blocks or distillation out.
     """
 
     kind: str = "none"
+    allocation: str = "uniform"  # bits per layer: uniform, or auto (by sensitivity, same bytes)
+    importance: str | None = None  # fisher: weights the clustering of the initialisation
     options: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, Any] | None = None
     distill: dict[str, Any] | None = None
 
 

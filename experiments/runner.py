@@ -25,7 +25,7 @@ from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.models import Network, load_network
 from experiments.records import read_record, write_record
-from jlcm.config import REORDERINGS, Invalid, check_alpha, check_choice
+from jlcm.config import ALLOCATIONS, REORDERINGS, Invalid, check_alpha, check_choice
 from jlcm.files import replacing
 
 PACKED_FILE = "packed.safetensors"
@@ -47,7 +47,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     encoding, init = check_options(config)
-    learn, distill = learning_options(config)
+    stages = learning_options(config)
     if not config.force and (record := read_record(folder)) is not None:
         return record
     device = choose_device(config.compute.device)
@@ -68,9 +68,10 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
             encoding=encoding,
             reorder=config.reorder.mode,
             example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
-            calibration=_calibration_images(data) if learn or distill else None,
-            learn=learn,
-            distill=distill,
+            importance=config.learn.importance,
+            allocation=config.learn.allocation,
+            calibration=_calibration_images(data) if needs_calibration(config) else None,
+            **stages,
             folder=folder / "learning",
             seed=config.seed,
             device=device,
@@ -113,6 +114,9 @@ def check_options(config: Config) -> tuple[jlcm.Encoding, jlcm.Init]:
     """
     check_alpha(config.alpha)
     check_choice("reorder", config.reorder.mode, REORDERINGS)
+    check_choice("learn.allocation", config.learn.allocation, ALLOCATIONS)
+    if config.learn.importance is not None:
+        check_choice("learn.importance", config.learn.importance, ("fisher",))
     check_choice("output", config.output, ("table", "json"))
     check_choice("tracking", config.tracking.mode, ("off",))
     if config.compute.batch_size < 1 or config.compute.workers < 0:
@@ -129,19 +133,28 @@ def check_options(config: Config) -> tuple[jlcm.Encoding, jlcm.Init]:
     return encoding, jlcm.Init(method=config.init.method, features=config.init.features)
 
 
-def learning_options(config: Config) -> tuple[jlcm.Learn | None, jlcm.Distill | None]:
-    """The two stages of learning, None where one is left out.
+def learning_options(config: Config) -> dict[str, Any]:
+    """The stages of learning as arguments of `jlcm.compress`, None where one is left out.
 
     Raises:
         Invalid: (a ValueError) for an option that does not exist or is out of range.
     """
+    chosen = config.learn
     try:
-        learn = jlcm.Learn(kind=config.learn.kind, **_tuples(config.learn.options))
-        distill = config.learn.distill
-        distill = None if distill is None else jlcm.Distill(**_tuples(distill))
+        learn = jlcm.Learn(kind=chosen.kind, **_tuples(chosen.options))
+        blocks = None if chosen.blocks is None else jlcm.Blocks(**_tuples(chosen.blocks))
+        distill = None if chosen.distill is None else jlcm.Distill(**_tuples(chosen.distill))
     except TypeError as error:  # an unknown field of the dataclass
         raise Invalid(f"learn: {error}") from error
-    return None if learn.kind == "none" else learn, distill
+    learn = None if learn.kind == "none" else learn
+    return {"learn": learn, "blocks": blocks, "distill": distill}
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether any stage looks at calibration images."""
+    learn = config.learn
+    plain = learn.allocation == "uniform" and learn.importance is None
+    return not (plain and learn.kind == "none" and learn.blocks is None and learn.distill is None)
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:

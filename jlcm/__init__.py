@@ -15,12 +15,14 @@ from jlcm.checkpoint import CheckpointError, load, save  # noqa: E402
 from jlcm.compress import compress  # noqa: E402
 from jlcm.config import Encoding, Init  # noqa: E402
 from jlcm.footprint import Footprint, footprint, resident_bytes  # noqa: E402
+from jlcm.learning.blocks import Blocks  # noqa: E402
 from jlcm.learning.distill import Distill  # noqa: E402
 from jlcm.learning.options import Learn  # noqa: E402
 from jlcm.select import linear_and_convolution, with_embeddings  # noqa: E402
 
 __all__ = [
     "Architecture",
+    "Blocks",
     "CheckpointError",
     "Distill",
     "Encoding",

@@ -97,7 +97,10 @@ def least_bytes(kind: str, allocation: Allocation, tile: tuple[int, int]) -> int
 
 
 def allocate(
-    shapes: dict[str, tuple[int, int]], alpha: float, encoding: Encoding
+    shapes: dict[str, tuple[int, int]],
+    alpha: float,
+    encoding: Encoding,
+    distortions: dict[str, list[float]] | None = None,
 ) -> dict[str, Allocation]:
     """Share the bytes that `alpha` leaves.
 
@@ -105,6 +108,8 @@ def allocate(
         shapes: (n_o, n_i) of every tensor, by name, in the order of the model.
         alpha: goal, fp16 bytes of these tensors over their packed bytes.
         encoding: kind, tile and budget rule.
+        distortions: by name, the harm done by codes of 1, 2, ... bits. Bits are then chosen for
+            each tensor so that the sum is small at the same bytes; None gives all the same bits.
 
     Returns:
         An allocation per tensor. The pooled budget's bytes together are at most the goal's.
@@ -124,10 +129,44 @@ def allocate(
         return {n: replace(p, nbytes=_printed_rule(p, alpha, encoding)) for n, p in plans.items()}
     total = sum(p.count for p in plans.values())
     budget = math.floor(16 * total / (8 * alpha))
+    if distortions is not None:
+        _share_bits(plans, budget, encoding, distortions)
     _demote_until_fits(plans, budget, alpha, encoding)
     least = {n: least_bytes(encoding.kind, p, encoding.tile) for n, p in plans.items()}
     rest = budget - sum(least.values())
     return {n: replace(p, nbytes=least[n] + rest * p.count // total) for n, p in plans.items()}
+
+
+def _share_bits(
+    plans: dict[str, Allocation],
+    budget: int,
+    encoding: Encoding,
+    distortions: dict[str, list[float]],
+) -> None:
+    """Give bits, from one each, where a byte lowers the distortion most, until none fits."""
+
+    def least(plan: Allocation) -> int:
+        return least_bytes(encoding.kind, plan, encoding.tile)
+
+    left = budget
+    for name, plan in plans.items():
+        plans[name] = replace(plan, bits=1)
+        left -= least(plans[name])
+    open_ = set(plans)
+    while open_:
+        best, gain, price = "", 0.0, 0
+        for name in sorted(open_):
+            plan, harm = plans[name], distortions[name]
+            # A step of several bits may pay where the first of them alone does not.
+            for bits in range(plan.bits + 1, min(len(harm), MAX_BITS) + 1):
+                cost = least(replace(plan, bits=bits)) - least(plan)
+                saved = harm[plan.bits - 1] - harm[bits - 1]
+                if cost <= left and saved / cost > gain:
+                    best, gain, price, to = name, saved / cost, cost, bits
+        if not best:
+            break
+        plans[best] = replace(plans[best], bits=to)
+        left -= price
 
 
 def _sensible(plan: Allocation, encoding: Encoding) -> Allocation:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jlcm.budget import allocate
-from jlcm.config import REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
+from jlcm.budget import MAX_BITS, allocate
+from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms
 from jlcm.layers import (
@@ -24,6 +24,7 @@ from jlcm.layers import (
     stored_tensors,
     to_half,
 )
+from jlcm.learning.blocks import Blocks, learn_blocks
 from jlcm.learning.distill import Distill
 from jlcm.learning.distill import distill as run_distill
 from jlcm.learning.options import Learn
@@ -31,6 +32,7 @@ from jlcm.learning.sequential import learn_layers
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
+from jlcm.sensitivity import distortions, fisher_information
 
 
 @dataclass(kw_only=True)
@@ -58,10 +60,12 @@ def compress(
     encoding: str | Encoding = "multi_scale",
     reorder: str = "auto",
     filter_fn: Filter = linear_and_convolution,
-    importance: dict[str, Tensor] | None = None,
+    importance: dict[str, Tensor] | str | None = None,
+    allocation: str = "uniform",
     example_inputs: Any = None,
     calibration: Sequence[Tensor] | Tensor | None = None,
     learn: Learn | None = None,
+    blocks: Blocks | None = None,
     distill: Distill | None = None,
     folder: Path | None = None,
     seed: int = 0,
@@ -83,11 +87,16 @@ def compress(
         filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
             MultiheadAttention.
         importance: non-negative weights of the squared errors (squared gradients, a diagonal
-            Hessian), by name of the tensor, same shape; missing tensors count evenly.
+            Hessian), by name of the tensor, same shape; missing tensors count evenly. "fisher"
+            estimates them on the calibration inputs.
+        allocation: "uniform" (the same bits for all layers, Eq. 3) or "auto" (bits by sensitivity,
+            the Fisher information on the calibration inputs, at the same bytes).
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
             orders can be propagated. Without it orders are only stored.
-        calibration: unlabelled inputs, (n, ...) or batches of them, for `learn` and `distill`.
+        calibration: unlabelled inputs, (n, ...) or batches of them, for `learn`, `blocks`,
+            `distill`, `allocation="auto"` and `importance="fisher"`.
         learn: learn codebooks and codes layer by layer (Eq. 5 to 9); None to leave it out.
+        blocks: then tune block by block; None to leave it out.
         distill: then tune the network end to end; None to leave it out.
         folder: where learning keeps what is finished, so that an interrupted call goes on there.
         seed: of the clustering and the learning.
@@ -97,7 +106,8 @@ def compress(
 
     Returns:
         The compressed network, in evaluation mode. Its layers hold codes and decode when they run.
-        `model.learning` lists what learning did to each layer, then the result of distillation.
+        `model.learning` lists what learning did to each layer and block, then the result of
+        distillation.
 
     Raises:
         Invalid: (a ValueError) for an option out of range, or a goal that cannot be reached.
@@ -111,8 +121,15 @@ def compress(
     check_choice("reorder", reorder, REORDERINGS)
     if reorder == "propagated" and example_inputs is None:
         raise Invalid("reorder=propagated needs example_inputs to trace the network with")
-    if (learn or distill) and calibration is None:
-        raise Invalid("learning needs calibration inputs: pass calibration=")
+    check_choice("allocation", allocation, ALLOCATIONS)
+    if isinstance(importance, str):
+        check_choice("importance", importance, ("fisher",))
+    sensitive = allocation == "auto" or importance == "fisher"
+    if (learn or blocks or distill or sensitive) and calibration is None:
+        raise Invalid(
+            "learning, allocation=auto and importance=fisher need calibration inputs: pass "
+            "calibration="
+        )
     _check_model(model)
     select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
@@ -123,22 +140,32 @@ def compress(
             "init": asdict(init),
             "encoding": asdict(encoding),
             "reorder": reorder,
+            "allocation": allocation,
             "seed": seed,
         },
     )
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
     weights = select(model, filter_fn)
     _check_range(model, weights)
-    importance = _check_importance(importance, weights)
+    fisher = None
+    if sensitive:
+        fisher = fisher_information(
+            model, weights, calibration, seed=seed, device=device, progress=progress
+        )
+        model.cpu()
+    importance = fisher if importance == "fisher" else _check_importance(importance, weights)
 
     ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
     shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
-    allocations = allocate(shapes, alpha, encoding) if shapes else {}
-    for name, allocation in allocations.items():
-        if allocation.bits != max(a.bits for a in allocations.values()):
-            summary.notes.append(
-                f"{name}: {allocation.bits}-bit codes, so that the goal is reached"
-            )
+    harm = None
+    if allocation == "auto":
+        harm = {n: distortions(weights[n], fisher[n], MAX_BITS) for n in shapes}
+    allocations = allocate(shapes, alpha, encoding, harm) if shapes else {}
+    if allocation == "uniform":
+        most = max((a.bits for a in allocations.values()), default=0)
+        for name, found in allocations.items():
+            if found.bits != most:
+                summary.notes.append(f"{name}: {found.bits}-bit codes, so that the goal is reached")
 
     propagated: set[str] = set()
     if reorder in ("auto", "propagated") and example_inputs is not None:
@@ -165,7 +192,7 @@ def compress(
             always_store_order=reorder == "stored",
             seed=seed,
         )
-    reference = copy.deepcopy(model) if learn or distill else None
+    reference = copy.deepcopy(model) if learn or blocks or distill else None
     _pack(model, packed, folded)
     model.compression, model.learning = summary, []
     stage = {"seed": seed, "device": device, "progress": progress}
@@ -173,6 +200,11 @@ def compress(
         layers = _part(folder, "layers")
         model.learning += learn_layers(
             model, reference, calibration, options=learn, folder=layers, **stage
+        )
+    if blocks:
+        part = _part(folder, "blocks")
+        model.learning += learn_blocks(
+            model, reference, calibration, options=blocks, folder=part, **stage
         )
     if distill:
         end = _part(folder, "distill")

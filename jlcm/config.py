@@ -9,6 +9,7 @@ BUDGETS = ("pooled", "per_layer")
 REORDERINGS = ("auto", "propagated", "stored", "none")
 FEATURES = ("weights", "quantiles")
 FIRST_LAST = ("same", "int8")
+ALLOCATIONS = ("uniform", "auto")
 
 
 class Invalid(ValueError):

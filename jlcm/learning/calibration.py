@@ -1,13 +1,15 @@
 """What each layer sees on the calibration inputs, in the compressed network and in its reference.
 
 Both networks run side by side, layer by layer in forward order. Where torch.fx can trace the
-network, activations are kept at the last layer whose live tensors fit in memory and only the nodes
-after it run again; elsewhere both networks run from their inputs for every layer.
+network, activations are kept on the way and only the nodes after them run again; elsewhere both
+networks run from their inputs for every layer.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from jlcm.layers import STORE, HalfTensor, is_static_norm
+from jlcm.learning.activations import Activations, State, size_of
 from jlcm.learning.products import Product, output_columns, product_of
 from jlcm.packed import PackedWeight
 
@@ -27,6 +30,12 @@ _ELEMENTWISE_NAMES = {
     "relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu",
     "sigmoid", "tanh", "mish", "softplus", "hardsigmoid",
 }  # fmt: skip
+
+
+#: Sampled positions of a layer at the least: statistics of an output need about so many.
+LEAST_POSITIONS = 2**15
+#: Nodes of the graph that run again rather than have large activations written to disk.
+RERUN = 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Calibration:
         held_out: float,
         seed: int,
         device: torch.device,
+        folder: Path | None = None,
     ) -> None:
         """Trace the networks and list their layers.
 
@@ -88,20 +98,23 @@ class Calibration:
             reference: its full-precision twin.
             batches: calibration inputs, first dimension the inputs of a batch.
             forward_batch: inputs that run at once.
-            memory: bytes of activations kept in both networks together.
-            positions: columns sampled per input.
+            memory: bytes of activations kept in memory, both networks together.
+            positions: columns sampled for each input of a neuron, over all calibration inputs; at
+                least `LEAST_POSITIONS`.
             held_out: part of the inputs that is told apart.
             seed: of the sampling.
             device: where the networks are.
+            folder: where activations past `memory` go for a while.
 
         Raises:
             ValueError: too few calibration inputs, or not finite ones.
         """
         self.packed, self.reference, self.device = packed, reference, device
-        self.memory, self.positions, self.seed = memory, positions, seed
+        self.positions, self.seed = positions, seed
+        self._kept = Activations(memory, folder)
         self.inputs = _split(batches, forward_batch)
         self.every = max(2, round(1 / held_out))
-        count = sum(len(batch) for batch in self.inputs)
+        self.count = count = sum(len(batch) for batch in self.inputs)
         if count < self.every:
             raise ValueError(
                 f"{count} calibration inputs are too few: at least {self.every} are needed to hold "
@@ -124,7 +137,7 @@ class Calibration:
         Raises:
             NotImplementedError: the layer is not a plain matrix product or convolution.
         """
-        layer, start = self.layers[index], 0
+        layer = self.layers[index]
         packed, reference = (modules[layer.module] for modules in self._modules)
         for number, arguments in enumerate(self._arguments(layer)):
             size = len(self.inputs[number])
@@ -132,10 +145,10 @@ class Calibration:
             (args, kwargs), (reference_args, reference_kwargs) = arguments
             product = product_of(layer.name, packed, args, kwargs)
             outputs = output_columns(layer.name, reference, reference_args, reference_kwargs)
-            chosen = product.sample(self.positions, size, generator)
-            held = (torch.arange(start, start + size) % self.every) == self.every - 1
-            start += size
-            yield product.columns(chosen, size), product.outputs(outputs, chosen, size), held
+            wanted = max(self.positions * product.length(), LEAST_POSITIONS)
+            chosen = product.sample(math.ceil(wanted / self.count), size, generator)
+            columns = product.columns(chosen, size), product.outputs(outputs, chosen, size)
+            yield *columns, self.held(number)
 
     def _trace(self) -> None:
         try:
@@ -153,15 +166,14 @@ class Calibration:
         self._output = output
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         self._kept_at = 0
-        self._kept = [
-            tuple({inputs[0]: batch} | {n: n.args[0] for n in inputs[1:] if n.args} for _ in "pr")
-            for batch in self.inputs
-        ]
+        defaults = {n: n.args[0] for n in inputs[1:] if n.args}
+        for number, batch in enumerate(self.inputs):
+            self._kept.put(number, ({inputs[0]: batch, **defaults}, {inputs[0]: batch, **defaults}))
         try:
             for model in range(2):
-                env = dict(self._kept[0][model])
+                env = self._kept.get(0)[model]
                 small = {k: v[:1] if isinstance(v, Tensor) else v for k, v in env.items()}
-                self._run(model, self._to_device(small), 0, len(self.nodes))
+                self.run(model, self._to_device(small), 0, len(self.nodes))
         except Exception:  # e.g. a traced branch that the inputs do not take
             self.nodes = None
 
@@ -240,39 +252,93 @@ class Calibration:
             return lambda values: getattr(values, name)(*rest, **kwargs)
         return lambda values: node.target(values, *rest, **kwargs)
 
+    def held(self, number: int) -> Tensor:
+        """(inputs,) bool: which inputs of a batch are held out."""
+        start = sum(len(batch) for batch in self.inputs[:number])
+        place = torch.arange(start, start + len(self.inputs[number]))
+        return place % self.every == self.every - 1
+
+    def states(self, position: int, *, keep: bool | None = None) -> Iterator[tuple[State, State]]:
+        """Live values of (compressed, reference) network before a node of the graph.
+
+        Args:
+            position: of the node. It must not decrease from call to call.
+            keep: whether they are kept for `state`. None keeps them where they fit in memory, or
+                where much would have to run again.
+        """
+        start = self._kept_at
+        for number in range(len(self.inputs)):
+            states = self._kept.get(number)
+            for model in range(2):
+                state = self._to_device(states[model])
+                self.run(model, state, start, position)
+                states[model].clear()
+                states[model].update(self._live(state, position))
+            if keep is None:
+                fits = size_of(states) * len(self.inputs) <= self._kept.memory
+                keep = fits or position - start >= RERUN
+            if keep:
+                self._kept.put(number, states)
+            yield states
+        if keep:
+            self._kept_at = position
+
+    def state(self, number: int, model: int, rows: Tensor) -> State:
+        """Some inputs of a batch in a state that was kept, on the device."""
+        state = self._kept.get(number)[model]
+        batch = len(rows)
+        for node, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+                state[node] = value[rows].to(self.device)
+        return state
+
+    def live_after(self, position: int) -> list[fx.Node]:
+        """Nodes up to a position whose values later ones read."""
+        return [
+            node
+            for node in self.nodes[: position + 1]
+            if node.op != "get_attr" and self._last[node] > position
+        ]
+
     def _arguments(self, layer: Layer) -> Iterator[tuple[tuple[tuple, dict], ...]]:
         """Arguments of a layer's module in (compressed, reference) network, batch by batch."""
         if self.nodes is None:
             for batch in self.inputs:
                 yield tuple(self._stopped(model, layer.module, batch) for model in range(2))
             return
-        keep, start, node = True, self._kept_at, self.nodes[layer.position]
-        for number in range(len(self.inputs)):
-            found, states = [], []
-            for model in range(2):
-                env = self._to_device(dict(self._kept[number][model]))
-                self._run(model, env, start, layer.position)
-                args, kwargs = (self._resolve(model, a, env) for a in (node.args, node.kwargs))
-                found.append((args, kwargs))
-                states.append(self._live(env, layer.position))
-            if number == 0:
-                size = sum(_bytes(v) for state in states for v in state.values())
-                keep = size * len(self.inputs) <= self.memory
-            if keep:
-                self._kept[number] = tuple(self._off_device(s) for s in states)
-            yield tuple(found)
-        if keep:
-            self._kept_at = layer.position
+        node = self.nodes[layer.position]
+        for states in self.states(layer.position):
+            yield tuple(
+                (self._resolve(modules, node.args, env), self._resolve(modules, node.kwargs, env))
+                for modules, env in zip(self._modules, states, strict=True)
+            )
 
-    def _run(self, model: int, env: dict, start: int, stop: int) -> None:
-        """Run the nodes from `start` up to `stop`, dropping what is not used any more."""
+    def run(
+        self,
+        model: int,
+        env: State,
+        start: int,
+        stop: int,
+        *,
+        modules: dict[str, nn.Module] | None = None,
+    ) -> None:
+        """Run the nodes from `start` up to `stop`, dropping what is not used any more.
+
+        Args:
+            model: 0 for the compressed network, 1 for the reference.
+            env: values by node, changed in place.
+            start: first node.
+            stop: node after the last.
+            modules: by name, in place of the network's own.
+        """
+        modules = modules or self._modules[model]
         for i in range(start, stop):
             node = self.nodes[i]
             if node.op in ("placeholder", "get_attr"):
                 continue
-            args, kwargs = (self._resolve(model, a, env) for a in (node.args, node.kwargs))
+            args, kwargs = (self._resolve(modules, a, env) for a in (node.args, node.kwargs))
             if node.op == "call_module":
-                env[node] = self._modules[model][node.target](*args, **kwargs)
+                env[node] = modules[node.target](*args, **kwargs)
             elif node.op == "call_method":
                 env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
@@ -280,23 +346,20 @@ class Calibration:
             for used in [n for n in env if self._last[n] <= i]:
                 del env[used]
 
-    def _resolve(self, model: int, arguments: Any, env: dict) -> Any:
+    def _resolve(self, modules: dict[str, nn.Module], arguments: Any, env: State) -> Any:
         def value(node: fx.Node) -> Any:
             if node.op != "get_attr":
                 return env[node]
             owner, _, name = node.target.rpartition(".")
-            return getattr(self._modules[model][owner], name)
+            return getattr(modules[owner], name)
 
         return map_arg(arguments, value)
 
-    def _live(self, env: dict, position: int) -> dict:
+    def _live(self, env: State, position: int) -> State:
         return {node: value for node, value in env.items() if self._last[node] >= position}
 
-    def _to_device(self, env: dict) -> dict:
+    def _to_device(self, env: State) -> dict:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in env.items()}
-
-    def _off_device(self, env: dict) -> dict:
-        return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in env.items()}
 
     def _stopped(self, model: int, name: str, batch: Tensor) -> tuple[tuple, dict]:
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -328,7 +391,3 @@ def _split(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -12,20 +12,16 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
-from jlcm.files import replacing
 from jlcm.layers import stored_tensors
 from jlcm.learning.forward import (
-    EVALUATION_BATCH,
     PRECISIONS,
     augment,
     divergence,
@@ -34,7 +30,8 @@ from jlcm.learning.forward import (
     precision,
     to_device,
 )
-from jlcm.learning.trainable import trainable_copy
+from jlcm.learning.resume import read_part, save_part, stage_identity
+from jlcm.learning.trainable import Trainable, optimizer_of, set_rates, trainable_copy
 from jlcm.packed import PackedWeight
 from jlcm.packing import unpack
 
@@ -171,14 +168,17 @@ class _Run:
     def __init__(self, packed, reference, inputs, options, seed, device, folder) -> None:
         self.packed, self.reference, self.inputs = packed, reference, inputs
         self.options, self.seed, self.device = options, seed, device
-        held, trained = _split(len(inputs), options.holdout, seed)
+        held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
         self.targets = outputs_of(reference, self.held, device, "the original network")
         self.initial = _snapshot(packed)
         self.path = None if folder is None else Path(folder) / CHECKPOINT
-        self.fingerprint = _fingerprint(options, seed, self.initial, inputs) if folder else ""
+        self.identity = ""
+        if folder is not None:
+            store = dict(stored_tensors(packed))
+            self.identity = stage_identity(f"{options!r} {seed}", store, [inputs])
         self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
-        self.optimizer = self._optimizer()
+        self.optimizer = optimizer_of(self._members(), _rates(options))
         self.epoch, self.history = 0, []
         self.initial_loss = self.best_loss = self._held_out_loss()
         self.best, self.best_epoch = self.initial, 0
@@ -244,36 +244,13 @@ class _Run:
             self.optimizer.zero_grad()
             loss.backward()
             self._check_finite(loss)
-            self._set_rates((self.epoch + (step + 0.5) / len(batches)) / options.epochs)
+            done = (self.epoch + (step + 0.5) / len(batches)) / options.epochs
+            set_rates(self.optimizer, done, options.codes_start)
             self.optimizer.step()
-            for trainable, _ in self.trainables.values():
+            for trainable in self._members():
                 trainable.project()
             total += loss.item() * len(batch)
         return total / len(order)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        rates = {
-            "codebooks": self.options.lr,
-            "scales": self.options.lr,
-            "vectors": self.options.lr_vectors,
-            "codes": self.options.lr_codes,
-        }
-        groups = [
-            {"params": [parameter], "kind": kind, "peak": rates[kind] * unit}
-            for trainable, _ in self.trainables.values()
-            for kind, parameter, unit in trainable.units()
-        ]
-        # A few hundred steps are too few for the usual second moment over a thousand.
-        return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
-
-    def _set_rates(self, done: float) -> None:
-        """Cosine decay from the peak; codes from their start on."""
-        start = self.options.codes_start
-        for group in self.optimizer.param_groups:
-            share = done
-            if group["kind"] == "codes":
-                share = (done - start) / (1 - start) if done > start else 1.0
-            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
 
     def _check_finite(self, loss: Tensor) -> None:
         gradients = [p.grad for p in self.twin.parameters() if p.grad is not None]
@@ -282,6 +259,9 @@ class _Run:
                 f"the distillation loss or its gradient is NaN or Inf in epoch {self.epoch + 1}: "
                 f"lower lr={self.options.lr:g}, or set precision=fp32"
             )
+
+    def _members(self) -> list[Trainable]:
+        return [trainable for trainable, _ in self.trainables.values()]
 
     def _write(self) -> None:
         for trainable, stored in self.trainables.values():
@@ -311,34 +291,17 @@ class _Run:
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam:{name}:{key}": value for key, value in state.items()}
             tensors[f"parameter:{name}"] = parameter.detach()
-        metadata = {
-            "fingerprint": self.fingerprint,
-            "progress": json.dumps(
-                {
-                    "epoch": self.epoch,
-                    "history": self.history,
-                    "best_loss": self.best_loss,
-                    "best_epoch": self.best_epoch,
-                }
-            ),
+        progress = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
         }
-        _write_file(self.path, tensors, metadata)
+        save_part(self.path, tensors, self.identity, {"progress": json.dumps(progress)})
 
     @torch.no_grad()
     def _resume(self) -> None:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.path} is damaged ({error}): delete it to start anew"
-            ) from error
-        if metadata.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"{self.path} belongs to a run with another network, inputs, options or seed: "
-                "delete it, or choose another folder"
-            )
+        metadata, tensors = read_part(self.path, self.identity)
         for name, value in json.loads(metadata["progress"]).items():
             setattr(self, name, value)
         self.history = [tuple(losses) for losses in self.history]
@@ -352,13 +315,22 @@ class _Run:
                 step = state.pop("step")
                 moments = {key: value.to(self.device) for key, value in state.items()}
                 self.optimizer.state[parameter] = {"step": step, **moments}
-        for trainable, _ in self.trainables.values():
+        for trainable in self._members():
             trainable.project()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, (trainable, _) in self.trainables.items():
             for part, parameter in trainable.named_parameters():
                 yield f"{name}:{part}", parameter
+
+
+def _rates(options: Distill) -> dict[str, float]:
+    return {
+        "codebooks": options.lr,
+        "scales": options.lr,
+        "vectors": options.lr_vectors,
+        "codes": options.lr_codes,
+    }
 
 
 def _joined(batches: Sequence[Tensor] | Tensor) -> Tensor:
@@ -379,10 +351,12 @@ def _check_crop(options: Distill, inputs: Tensor) -> None:
         raise Invalid(f"crop={options.crop} is larger than the images {tuple(inputs.shape[-2:])}")
 
 
-def _split(count: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_mixed(seed, 0)))
-    held = min(max(round(count * holdout), 1), count - 1)
-    return order[:held].sort().values, order[held:].sort().values
+def _split(count: int, holdout: float) -> tuple[Tensor, Tensor]:
+    """Held-out and training inputs, the same as in layer-wise learning."""
+    every = max(2, round(1 / holdout))
+    held = torch.arange(count) % every == every - 1
+    held[-1] |= not held.any()
+    return held.nonzero().view(-1), (~held).nonzero().view(-1)
 
 
 def _mixed(seed: int, index: int) -> int:
@@ -407,18 +381,3 @@ def _restore(packed: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _fingerprint(options: Distill, seed: int, initial: dict[str, Tensor], inputs: Tensor) -> str:
-    digest = hashlib.blake2b(json.dumps([asdict(options), seed]).encode(), digest_size=16)
-    for name, tensor in [*initial.items(), ("inputs", inputs)]:
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        for part in tensor.detach().cpu().split(EVALUATION_BATCH) if tensor.numel() else ():
-            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata)

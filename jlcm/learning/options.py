@@ -52,10 +52,10 @@ class Learn:
         beta: exponent of L2 at the end of the warm-up and at the last iteration (AdaRound's).
         patience: stop early after this many iterations without a better held-out loss.
         held_out: part of the calibration inputs that decides whether a layer is accepted.
-        positions: pixels or tokens sampled per calibration input, the same in both networks; four
-            for each input of a neuron are the most.
+        positions: pixels or tokens sampled for each input of a neuron, over all calibration inputs
+            and the same in both networks; at least 32,768 together.
         forward_batch: calibration inputs that run at once.
-        memory: bytes of activations kept; past it they are computed again from an earlier layer.
+        memory: bytes of activations kept in memory; the rest is computed again or lies on disk.
     """
 
     kind: str = "lnq"
@@ -83,7 +83,7 @@ class Learn:
     beta: tuple[float, float] = (20.0, 2.0)
     patience: int = 100
     held_out: float = 0.1
-    positions: int = 256
+    positions: int = 32
     forward_batch: int = 32
     memory: int = 2 * 2**30
 

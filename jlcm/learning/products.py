@@ -62,13 +62,8 @@ class Product:
         return self.input.shape[1] // self.groups * math.prod(self.kernel)
 
     def sample(self, positions: int, inputs: int, generator: torch.Generator) -> Tensor:
-        """(chosen,) int64 output positions, ascending.
-
-        At most `positions` are taken, and four for each input of a neuron: a depthwise convolution
-        needs few.
-        """
+        """(chosen,) int64 output positions, ascending, the same for all inputs."""
         total = math.prod(self.sizes(inputs))
-        positions = min(positions, 4 * self.length())
         if total <= positions:
             return torch.arange(total)
         return torch.randperm(total, generator=generator)[:positions].sort().values

@@ -5,7 +5,6 @@ layer also corrects the errors of those before it. Bytes never change: codes, co
 keep their shapes, and what follows a layer anyway (bias, norm scale and shift) is re-estimated.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -13,13 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jlcm.files import replacing
-from jlcm.layers import Stored, stored_tensors
+from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.layer import (
     Target,
@@ -33,6 +29,7 @@ from jlcm.learning.layer import (
 from jlcm.learning.objective import Moments, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
+from jlcm.learning.resume import restore_part, save_part, stage_identity
 from jlcm.learning.solver import Factors, solve, unpack_factors
 from jlcm.packed import PackedWeight
 
@@ -106,23 +103,30 @@ def learn_layers(
         held_out=options.held_out,
         seed=seed,
         device=device,
+        folder=folder,
     )
     store = dict(stored_tensors(packed))
-    identity = "" if folder is None else _identity(store, calibration.inputs, options, seed)
+    identity = ""
+    if folder is not None:
+        identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
     results, modules = [], dict(reference.named_modules())
     bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
     for index, layer in enumerate(bar):
         target = target_of(layer, store, modules, device)
         path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
         if path is not None and path.exists():
-            results.append(_restore(path, target, identity))
+            metadata = restore_part(path, stored_parts(target), identity)
+            target.weight.relative_error = float(metadata["relative_error"])
+            results.append(LayerResult(**json.loads(metadata["result"])))
             continue
         began = time.perf_counter()
         result = _learn_layer(calibration, index, target, options, seed)
         result.seconds = time.perf_counter() - began
         results.append(result)
         if path is not None:
-            _save(path, target, result, identity)
+            metadata = {"result": json.dumps(asdict(result))}
+            metadata["relative_error"] = repr(target.weight.relative_error)
+            save_part(path, stored_parts(target), identity, metadata)
         bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
     for name, note in calibration.skipped.items():
         results.append(LayerResult(name=name, note=note))
@@ -261,48 +265,6 @@ def _collect(
 def _joined(columns: Tensor) -> Tensor:
     """(inputs, groups, n, positions) to (groups, n, inputs * positions)."""
     return columns.permute(1, 2, 0, 3).flatten(2)
-
-
-def _save(path: Path, target: Target, result: LayerResult, identity: str) -> None:
-    """Write a finished layer, atomically."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_parts(target).items()}
-    metadata = {"run": identity, "result": json.dumps(asdict(result))}
-    metadata["relative_error"] = repr(target.weight.relative_error)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
-
-
-def _restore(path: Path, target: Target, identity: str) -> LayerResult:
-    """Read a finished layer back."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("run") != identity:
-                raise ValueError(
-                    f"{path} belongs to a run with other options, weights or calibration inputs: "
-                    "choose another folder or remove it"
-                )
-            for name, tensor in stored_parts(target).items():
-                tensor.copy_(file.get_tensor(name))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove it to learn the layer again"
-        ) from error
-    target.weight.relative_error = float(metadata["relative_error"])
-    return LayerResult(**json.loads(metadata["result"]))
-
-
-def _identity(store: dict[str, Stored], inputs: list[Tensor], options: Learn, seed: int) -> str:
-    """Hash of all that decides the result of a run."""
-    digest = hashlib.blake2b(f"{options!r} {seed}".encode(), digest_size=16)
-    for name, held in store.items():
-        for key, tensor in held.named_buffers():
-            digest.update(f"{name} {key} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for batch in inputs:
-        digest.update(f"{tuple(batch.shape)} {batch.dtype}".encode())
-        digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _check(packed: nn.Module, reference: nn.Module) -> None:

@@ -19,7 +19,7 @@ from jlcm.packing import pack
 #: Columns updated before their effect on all others is applied in one product.
 BLOCK = 64
 #: Conjugate-gradient steps; they end sooner where the solution is exact.
-MOST_STEPS = 32
+MOST_STEPS = 4
 
 
 @dataclass(frozen=True)

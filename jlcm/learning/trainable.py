@@ -6,7 +6,8 @@ group, exact and without a dense one-hot tensor.
 """
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +183,38 @@ def trainable_copy(
         module, _, tensor = name.rpartition(".")
         twin.get_submodule(module)._modules[STORE][tensor] = made[id(copied)]
     return twin, trainables
+
+
+def optimizer_of(trainables: Iterable[Trainable], rates: dict[str, float]) -> torch.optim.Optimizer:
+    """Adam over all parameters.
+
+    Args:
+        trainables: what is trained.
+        rates: peak learning rates of codebooks, scales, vectors and codes, relative to the unit
+            of each tensor.
+    """
+    groups = [
+        {"params": [parameter], "kind": kind, "peak": rates[kind] * unit}
+        for trainable in trainables
+        for kind, parameter, unit in trainable.units()
+    ]
+    # A few hundred steps are too few for the usual second moment over a thousand.
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, done: float, codes_start: float = 0.0) -> None:
+    """Cosine decay from the peak; codes from their start on.
+
+    Args:
+        optimizer: of `optimizer_of`.
+        done: share of the training that is done.
+        codes_start: share of it during which the codes stay.
+    """
+    for group in optimizer.param_groups:
+        share = done
+        if group["kind"] == "codes":
+            share = (done - codes_start) / (1 - codes_start) if done > codes_start else 1.0
+        group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class _Decode(torch.autograd.Function):

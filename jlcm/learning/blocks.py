@@ -1,0 +1,291 @@
+"""Block-wise reconstruction: tune each block of layers to its original's output, in forward order.
+
+A block is a run of the network's graph that begins and ends where one tensor alone is live, such as
+a residual block. What costs no bytes to change (codebooks, scales, biases and norms, optionally the
+codes) is trained together by the squared error of the block's output, with inputs from the network
+as compressed so far. After BRECQ (Li et al., 2021), which trains the rounding.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from jlcm.config import Invalid, check_choice
+from jlcm.layers import stored_tensors
+from jlcm.learning.calibration import Calibration
+from jlcm.learning.forward import PRECISIONS, precision
+from jlcm.learning.resume import restore_part, save_part, stage_identity
+from jlcm.learning.trainable import Trainable, optimizer_of, set_rates, trainable_copy
+from jlcm.packed import PackedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How blocks are tuned.
+
+    Attributes:
+        epochs: passes over the training part of the calibration inputs.
+        batch_size: inputs of a step.
+        lr: peak learning rate of codebooks and scales, relative to their root mean square.
+        lr_vectors: of biases and norms, relative to their root mean square.
+        lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes.
+        weights: packed weights of a block at least; shorter runs are joined to the next.
+        held_out: part of the calibration inputs that selects the best epoch.
+        memory: bytes of activations kept in memory; the rest lies on disk.
+        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+    """
+
+    epochs: int = 4
+    batch_size: int = 32
+    lr: float = 1e-3
+    lr_vectors: float = 1e-3
+    lr_codes: float = 0.0
+    weights: int = 2
+    held_out: float = 0.1
+    memory: int = 2 * 2**30
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("epochs", "batch_size", "weights"):
+            if getattr(self, name) < 1:
+                raise Invalid(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "lr_vectors", "lr_codes"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Invalid(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 < self.held_out < 1 or self.memory < 0:
+            raise Invalid("held_out must lie between 0 and 1, and memory must not be negative")
+        check_choice("precision", self.precision, PRECISIONS)
+
+
+@dataclass(kw_only=True)
+class BlockResult:
+    """What learning did to one block.
+
+    Attributes:
+        name: its first and last packed weight.
+        before: squared error of its output on the held-out inputs, over the output's variance.
+        after: the same for what was kept.
+        best_epoch: the epoch that was kept, 0 for the state before.
+        seconds: that it took.
+        curve: training loss of each epoch.
+    """
+
+    name: str
+    before: float = float("nan")
+    after: float = float("nan")
+    best_epoch: int = 0
+    seconds: float = 0.0
+    curve: list[float] = field(default_factory=list)
+
+
+def learn_blocks(
+    packed: nn.Module,
+    reference: nn.Module,
+    batches: Sequence[Tensor] | Tensor,
+    *,
+    options: Blocks,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    folder: Path | None = None,
+) -> list[BlockResult]:
+    """Tune the blocks of a compressed network in place; shapes and bytes stay as they are.
+
+    Args:
+        packed: returned by `jlcm.compress`.
+        reference: the full-precision network with the same module names and order of neurons.
+        batches: calibration inputs, tensors of (inputs, ...); no labels.
+        options: of the stage.
+        seed: of the order of the steps.
+        device: where both networks run and stay.
+        progress: show a progress bar.
+        folder: where each finished block is written, so that an interrupted run goes on from there.
+
+    Returns:
+        One result for each block, in forward order.
+
+    Raises:
+        ValueError: calibration set empty or too small, a network that torch.fx cannot trace, a loss
+            that is NaN or infinite, or a folder of another run.
+    """
+    device = torch.device(device)
+    packed.eval().to(device)
+    reference.eval().to(device)
+    calibration = Calibration(
+        packed,
+        reference,
+        batches,
+        forward_batch=options.batch_size,
+        memory=options.memory,
+        positions=1,
+        held_out=options.held_out,
+        seed=seed,
+        device=device,
+        folder=folder,
+    )
+    if calibration.nodes is None:
+        raise ValueError("the network cannot be traced into blocks: leave block-wise learning out")
+    store = dict(stored_tensors(packed))
+    identity = ""
+    if folder is not None:
+        identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
+    twin, trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
+    blocks = _find_blocks(calibration, options.weights)
+    results = []
+    bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
+    for index, block in enumerate(bar):
+        members = {n: pair for n, pair in trainables.items() if n in block.tensors}
+        path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
+        if path is not None and path.exists():
+            stored = _buffers({name: pair[1] for name, pair in members.items()})
+            results.append(
+                BlockResult(**json.loads(restore_part(path, stored, identity)["result"]))
+            )
+            continue
+        began = time.perf_counter()
+        result = _Block(calibration, block, twin, members, options, seed + index).train()
+        result.seconds = time.perf_counter() - began
+        results.append(result)
+        if path is not None:
+            stored = _buffers({name: pair[1] for name, pair in members.items()})
+            save_part(path, stored, identity, {"result": json.dumps(asdict(result))})
+        bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
+    return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Nodes from `start` up to `stop` of the graph, and the stored tensors that they read."""
+
+    start: int
+    stop: int
+    weights: list[str]
+    tensors: set[str]
+
+
+def _find_blocks(calibration: Calibration, least: int) -> list[_Run]:
+    """Shortest runs between single live tensors with at least so many packed weights."""
+    owners: dict[str, list[str]] = {}
+    kinds = dict(stored_tensors(calibration.packed))
+    for name in kinds:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    runs, start, weights, tensors = [], 0, [], set()
+    for i, node in enumerate(calibration.nodes):
+        if node.op == "call_module":
+            for owner, names in owners.items():
+                if owner == node.target or owner.startswith(f"{node.target}."):
+                    tensors.update(names)
+                    weights += [n for n in names if isinstance(kinds[n], PackedWeight)]
+        cut = calibration.live_after(i) == [node]
+        if cut and (len(weights) >= least or i == len(calibration.nodes) - 1):
+            runs.append(_Run(start, i + 1, weights, tensors))
+            start, weights, tensors = i + 1, [], set()
+    return [run for run in runs if run.weights]
+
+
+class _Block:
+    """State of the training of one block."""
+
+    def __init__(self, calibration, run, twin, members, options, seed) -> None:
+        self.calibration, self.run, self.options, self.seed = calibration, run, options, seed
+        self.modules, self.members = dict(twin.named_modules()), members
+        self.end: fx.Node = calibration.nodes[run.stop - 1]
+        self.energy = 0.0
+
+    def train(self) -> BlockResult:
+        options, calibration = self.options, self.calibration
+        result = BlockResult(name=f"{self.run.weights[0]} .. {self.run.weights[-1]}")
+        targets = self._targets()
+        result.before = result.after = self._held_out(targets)
+        best = self._state()
+        optimizer = optimizer_of(self._trainables(), _rates(options))
+        generator = torch.Generator().manual_seed(self.seed)
+        count = len(calibration.inputs)
+        for epoch in range(options.epochs):
+            total = 0.0
+            for step, number in enumerate(torch.randperm(count, generator=generator).tolist()):
+                rows = ~calibration.held(number)
+                loss = self._loss(number, rows, targets[number], train=True)
+                optimizer.zero_grad()
+                loss.backward()
+                if not loss.isfinite():
+                    raise ValueError(f"the loss of {result.name} is NaN or infinite: lower the lr")
+                set_rates(optimizer, (epoch + (step + 0.5) / count) / options.epochs)
+                optimizer.step()
+                for trainable in self._trainables():
+                    trainable.project()
+                total += loss.item()
+            result.curve.append(total / count)
+            for trainable, stored in self.members.values():
+                trainable.write(stored)
+            error = self._held_out(targets)
+            if error < result.after:
+                result.after, result.best_epoch, best = error, epoch + 1, self._state()
+        self._restore(best)
+        return result
+
+    def _trainables(self) -> list[Trainable]:
+        return [trainable for trainable, _ in self.members.values()]
+
+    @torch.no_grad()
+    def _targets(self) -> list[Tensor]:
+        """Outputs of the reference's block, batch by batch, on the CPU; keeps the inputs on."""
+        targets = []
+        for states in self.calibration.states(self.run.start):
+            self.calibration.run(1, states[1], self.run.start, self.run.stop)
+            targets.append(states[1][self.end].float().cpu())
+        flat = torch.cat([t.flatten() for t in targets])
+        self.energy = max(float(flat.var()), 1e-30)
+        return targets
+
+    def _loss(self, number: int, rows: Tensor, target: Tensor, *, train: bool) -> Tensor:
+        """Squared error of some inputs of a batch over the variance of the block's output."""
+        calibration = self.calibration
+        state = calibration.state(number, model=0, rows=rows)
+        if not train:
+            calibration.run(0, state, self.run.start, self.run.stop)
+        else:
+            with torch.enable_grad(), precision(self.options.precision, calibration.device):
+                calibration.run(0, state, self.run.start, self.run.stop, modules=self.modules)
+        target = target[rows].to(calibration.device)
+        return (state[self.end].float() - target).square().mean() / self.energy
+
+    @torch.no_grad()
+    def _held_out(self, targets: list[Tensor]) -> float:
+        total = count = 0.0
+        for number, target in enumerate(targets):
+            rows = self.calibration.held(number)
+            if bool(rows.any()):
+                total += float(self._loss(number, rows, target, train=False)) * int(rows.sum())
+                count += int(rows.sum())
+        return total / max(count, 1)
+
+    def _state(self) -> dict[str, Tensor]:
+        stored = {name: stored for name, (_, stored) in self.members.items()}
+        return {name: tensor.clone() for name, tensor in _buffers(stored).items()}
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        stored = {name: stored for name, (_, stored) in self.members.items()}
+        for name, tensor in _buffers(stored).items():
+            tensor.copy_(state[name])
+
+
+def _rates(options: Blocks) -> dict[str, float]:
+    return {
+        "codebooks": options.lr,
+        "scales": options.lr,
+        "vectors": options.lr_vectors,
+        "codes": options.lr_codes,
+    }
+
+
+def _buffers(stored: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Buffers of stored tensors by name."""
+    return {f"{n}:{part}": t for n, s in stored.items() for part, t in s.named_buffers()}

@@ -1,0 +1,69 @@
+"""Finished parts of a learning stage on disk, so that an interrupted run goes on from there."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jlcm.files import replacing
+from jlcm.layers import Stored
+
+
+def stage_identity(settings: str, store: dict[str, Stored], inputs: list[Tensor]) -> str:
+    """Hash of all that decides the result of a stage.
+
+    Args:
+        settings: options and seed.
+        store: stored tensors of the compressed network by name, as they are before the stage.
+        inputs: calibration inputs.
+    """
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    stored = [(f"{name} {key}", t) for name, s in store.items() for key, t in s.named_buffers()]
+    for name, tensor in [*stored, *(("input", batch) for batch in inputs)]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy())
+    return digest.hexdigest()
+
+
+def save_part(
+    path: Path, parts: dict[str, Tensor], identity: str, metadata: dict[str, str]
+) -> None:
+    """Write the tensors of a finished part, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"run": identity, **metadata})
+
+
+def restore_part(path: Path, parts: dict[str, Tensor], identity: str) -> dict[str, str]:
+    """Read a finished part into its tensors; returns its metadata.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with another identity.
+    """
+    metadata, tensors = read_part(path, identity)
+    for name, tensor in parts.items():
+        tensor.copy_(tensors[name])
+    return metadata
+
+
+def read_part(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a finished part.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with another identity.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("run") != identity:
+                raise ValueError(
+                    f"{path} belongs to a run with other options, weights or calibration inputs: "
+                    "choose another folder or remove it"
+                )
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to start anew") from error
