@@ -148,7 +148,7 @@ def _share_bits(
     def least(plan: Allocation) -> int:
         return least_bytes(encoding.kind, plan, encoding.tile)
 
-    left = budget
+    uniform, left = dict(plans), budget
     for name, plan in plans.items():
         plans[name] = replace(plan, bits=1)
         left -= least(plans[name])
@@ -167,6 +167,12 @@ def _share_bits(
             break
         plans[best] = replace(plans[best], bits=to)
         left -= price
+    chosen, given = (
+        sum(distortions[name][plan.bits - 1] for name, plan in found.items())
+        for found in (plans, uniform)
+    )
+    if given < chosen and sum(map(least, uniform.values())) <= budget:
+        plans.update(uniform)  # greedy choices are not always best
 
 
 def _sensible(plan: Allocation, encoding: Encoding) -> Allocation:

@@ -32,7 +32,7 @@ from jlcm.learning.sequential import learn_layers
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
-from jlcm.sensitivity import distortions, fisher_information
+from jlcm.sensitivity import estimate_distortions, fisher_information
 
 
 @dataclass(kw_only=True)
@@ -124,6 +124,8 @@ def compress(
     check_choice("allocation", allocation, ALLOCATIONS)
     if isinstance(importance, str):
         check_choice("importance", importance, ("fisher",))
+    if allocation == "auto" and encoding.budget == "per_layer":
+        raise Invalid("allocation=auto shares one budget: it needs encoding.budget=pooled")
     sensitive = allocation == "auto" or importance == "fisher"
     if (learn or blocks or distill or sensitive) and calibration is None:
         raise Invalid(
@@ -148,18 +150,20 @@ def compress(
     weights = select(model, filter_fn)
     _check_range(model, weights)
     fisher = None
+    stage = {"seed": seed, "device": device, "progress": progress}
     if sensitive:
-        fisher = fisher_information(
-            model, weights, calibration, seed=seed, device=device, progress=progress
-        )
-        model.cpu()
+        fisher = fisher_information(model, weights, calibration, **stage)
     importance = fisher if importance == "fisher" else _check_importance(importance, weights)
 
     ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
     shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
     harm = None
     if allocation == "auto":
-        harm = {n: distortions(weights[n], fisher[n], MAX_BITS) for n in shapes}
+        inner = {name: weights[name] for name in shapes}
+        harm = estimate_distortions(
+            model, inner, calibration, fisher, most_bits=MAX_BITS, learned=bool(learn), **stage
+        )
+    model.cpu()
     allocations = allocate(shapes, alpha, encoding, harm) if shapes else {}
     if allocation == "uniform":
         most = max((a.bits for a in allocations.values()), default=0)
@@ -195,7 +199,6 @@ def compress(
     reference = copy.deepcopy(model) if learn or blocks or distill else None
     _pack(model, packed, folded)
     model.compression, model.learning = summary, []
-    stage = {"seed": seed, "device": device, "progress": progress}
     if learn:
         layers = _part(folder, "layers")
         model.learning += learn_layers(

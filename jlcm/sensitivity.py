@@ -1,6 +1,6 @@
 """How much errors of each weight change the network's output, and bits shared out accordingly.
 
-The Kullback-Leibler divergence of a network from its original is, to second order, half the squared
+To second order, the Kullback-Leibler divergence of a network from its original is half the squared
 error of the weights weighted by the Fisher information, whose diagonal is estimated here on
 unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same quantity.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jlcm.clustering.scalar import cluster
-from jlcm.learning.forward import logits_of, to_device
+from jlcm.clustering.scalar import assign, cluster
+from jlcm.learning.forward import divergence, logits_of, outputs_of, to_device
+from jlcm.learning.products import product_of
 from jlcm.select import as_matrix
 
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
@@ -23,6 +24,12 @@ STEP = 4
 MOST_WEIGHTS = 2**16
 #: Widths of a code that are clustered; each further bit quarters the error.
 CLUSTERED_BITS = 5
+#: Widths whose divergence is measured, because errors are too large to predict it.
+MEASURED_BITS = 2
+#: Inputs that it is measured on.
+MEASURED_INPUTS = 32
+#: Inputs of a neuron whose correlations are looked at.
+MOST_COLUMNS = 2048
 
 
 def fisher_information(
@@ -53,11 +60,7 @@ def fisher_information(
     Raises:
         ValueError: no inputs, outputs that are not logits, or gradients that are NaN or infinite.
     """
-    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    steps = [part for batch in batches for part in batch.split(STEP) if len(part)]
-    steps = steps[: MOST_INPUTS // STEP]
-    if not steps:
-        raise ValueError("the calibration set is empty")
+    steps = _first(inputs, MOST_INPUTS, STEP)
     device = torch.device(device)
     model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -71,6 +74,8 @@ def fisher_information(
         for x in bar:
             with torch.enable_grad():
                 logits = logits_of(model(to_device(x, device)), "the network").float()
+                if not logits.isfinite().all():
+                    raise ValueError("outputs on the calibration inputs contain NaN or Inf")
                 shares = logits.detach().softmax(-1).flatten(0, -2).cpu()
                 labels = torch.multinomial(shares, 1, generator=generator).to(device)
                 likelihood = logits.log_softmax(-1).flatten(0, -2).gather(1, labels).sum()
@@ -90,30 +95,168 @@ def fisher_information(
     return found
 
 
-def distortions(weight: Tensor, importance: Tensor, most_bits: int) -> list[float]:
-    """Estimated divergence that coding a weight with 1, 2, ... `most_bits` bits causes.
+def estimate_distortions(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    inputs: Sequence[Tensor] | Tensor,
+    fisher: dict[str, Tensor],
+    *,
+    most_bits: int,
+    learned: bool,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Estimated divergence of the network when one weight is coded with 1, 2, ... bits.
 
-    Rows are clustered relative to their norm, as scales or a norm that follows allow.
+    Narrow codes are measured: the network runs with that one weight coded. Wider ones are predicted
+    from the Fisher information, which is accurate where errors are small. Both count the error of
+    plain clustering. Learning leaves of it what other inputs of a neuron cannot make up for: the
+    conditional variance of its inputs, over their mean square.
 
     Args:
-        weight: any shape, rows first.
-        importance: Fisher information, same shape.
+        model: returns logits (n, ..., classes).
+        weights: parameters of the model by name.
+        inputs: unlabelled calibration inputs (n, ...) or batches of them.
+        fisher: of `fisher_information`.
         most_bits: widest code.
+        learned: whether layers are learned afterwards.
+        seed: of sampled positions.
+        device: where it runs; the model stays there.
+        progress: show a progress bar.
+
+    Returns:
+        By name the divergences of 1 to `most_bits` bits, descending.
     """
-    rows = as_matrix(weight.detach().float().cpu())
+    device = torch.device(device)
+    model.to(device).eval()
+    batches = [to_device(x, device) for x in _first(inputs, MOST_INPUTS, MEASURED_INPUTS)]
+    x = batches[0]
+    parts = dict.fromkeys(weights, 1.0)
+    if learned:
+        parts = unexplained_parts(model, weights, batches, seed=seed)
+    target = outputs_of(model, x, device, "the network")
+    found = {}
+    bar = tqdm(weights.items(), desc="allocation", unit="layer", disable=not progress, leave=False)
+    for name, weight in bar:
+        original = weight.detach().clone()
+        harm: list[float] = []
+        for bits in range(1, most_bits + 1):
+            if bits > CLUSTERED_BITS:
+                harm.append(harm[-1] / 4)
+                continue
+            coded = _clustered(original, fisher[name], bits)
+            error = fisher[name].double() * (coded - original.cpu()).double().square()
+            divergence_ = 0.5 * float(error.sum())
+            if bits <= MEASURED_BITS:
+                weight.data.copy_(coded)
+                try:
+                    measured = divergence(outputs_of(model, x, device, "the network"), target)
+                finally:
+                    weight.data.copy_(original)
+                divergence_ = max(divergence_, measured.item())
+            harm.append(min([divergence_, *harm[-1:]]))
+        found[name] = [parts[name] * value for value in harm]
+    return found
+
+
+@torch.no_grad()
+def unexplained_parts(
+    model: nn.Module, weights: dict[str, nn.Parameter], batches: list[Tensor], *, seed: int = 0
+) -> dict[str, float]:
+    """Part of the inputs' energy of each layer that the layer's other inputs do not explain.
+
+    It is the factor by which rounding with error feedback (GPTQ) lowers the error of rounding
+    without: with L L^T the Gram matrix, sum of L_ii^2 over the trace.
+
+    Args:
+        model: in evaluation mode.
+        weights: parameters of the model by name.
+        batches: of inputs, on the model's device.
+        seed: of sampled positions and inputs of a neuron.
+
+    Returns:
+        By name a number in (0, 1]; 1 for a weight that is no plain product.
+    """
+    modules = dict(model.named_modules())
+    columns: dict[str, list[Tensor]] = {name: [] for name in weights}
+
+    def hook(name: str):
+        def collect(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            try:
+                product = product_of(name, module, args, kwargs)
+            except NotImplementedError:
+                return
+            generator = torch.Generator().manual_seed(seed)
+            size = sum(map(len, batches))
+            wanted = -(-max(8 * min(product.length(), MOST_COLUMNS), 4096) // size)
+            count = current["size"]
+            found = product.columns(product.sample(wanted, count, generator), count)
+            inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
+            columns[name].append(
+                found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2)
+            )
+
+        return collect
+
+    current, hooks = {"size": 0}, []
+    for name in weights:
+        owner = modules[name.rpartition(".")[0]]
+        parent = modules[name.rpartition(".")[0].rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention):  # its projection is no call of its own
+            owner = parent
+        hooks.append(owner.register_forward_pre_hook(hook(name), with_kwargs=True))
+    try:
+        for batch in batches:
+            current["size"] = len(batch)
+            model(batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {
+        name: _unexplained(torch.cat(found, -1).float()) if found else 1.0
+        for name, found in columns.items()
+    }
+
+
+def _unexplained(columns: Tensor) -> float:
+    """`unexplained_parts` of columns (groups, n, positions), n in random order."""
+    # So few positions would explain any input; the rest counts as unexplained.
+    columns = columns[:, : max(columns.shape[-1] // 4, 1)]
+    energy = columns.square().mean(-1)
+    centred = columns - columns.mean(-1, keepdim=True)
+    gram = (centred @ centred.mT / columns.shape[-1]).double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = 0.01 * diagonal.mean(-1, keepdim=True) + 1e-12 * energy.mean() + 1e-30
+    # The input of least energy last: those before it are rounded first, as by the solver.
+    order = diagonal.mean(0).argsort()
+    gram = (gram + torch.diag_embed(ridge.expand_as(diagonal)))[:, order][:, :, order]
+    factor = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
+    return min(float(factor.square().sum() / energy.double().sum().clamp(min=1e-300)), 1.0)
+
+
+def _first(inputs: Sequence[Tensor] | Tensor, count: int, size: int) -> list[Tensor]:
+    """The first calibration inputs in batches of at most `size`."""
+    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    parts = [part for batch in batches for part in batch.split(size) if len(part)]
+    if not parts:
+        raise ValueError("the calibration set is empty")
+    return parts[: max(count // size, 1)]
+
+
+def _clustered(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """The weight on the CPU, coded by weighted k-means of its rows relative to their norms."""
+    rows = as_matrix(weight.float().cpu())
     norms = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
     values = (rows / norms).reshape(-1)
-    costs = (as_matrix(importance) * norms.square()).reshape(-1).double()
+    costs = (as_matrix(importance).double() * norms.double().square()).reshape(-1)
     step = -(-values.numel() // MOST_WEIGHTS)
-    values, costs = values[::step], costs[::step] * step
-    total = costs.sum().clamp(min=1e-300)
-    shares = (costs / total * costs.numel()).float()
-    found: list[float] = []
-    for bits in range(1, most_bits + 1):
-        if bits > CLUSTERED_BITS:
-            found.append(found[-1] / 4)
-            continue
-        codebooks, codes = cluster(values, k=2**bits, method="kmeans", importance=shares)
-        error = (values - codebooks[0][codes.long()]).double().square()
-        found.append(0.5 * float((costs * error).sum()))
-    return found
+    shares = (costs / costs.mean().clamp(min=1e-300)).float()
+    codebook, _ = cluster(
+        values[::step].contiguous(),
+        k=2**bits,
+        method="kmeans",
+        importance=shares[::step].contiguous(),
+    )
+    codes = assign(values, codebook)
+    return (codebook[0][codes.long()].view_as(rows) * norms).view_as(weight)

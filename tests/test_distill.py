@@ -202,13 +202,23 @@ def test_divergence_falls_on_other_inputs_at_equal_bytes(kind, lr_codes, tmp_pat
 def test_losses_reported_are_those_of_the_network_returned():
     reference, inputs = network(), images()
     packed = compressed(reference)
-    held, _ = module._split(len(inputs), FAST["holdout"], 0)
+    held = torch.arange(len(inputs)) % 4 == 3
     before = divergence(packed, reference, inputs[held])
     result = run(packed, reference, inputs)
     assert result.initial_loss == pytest.approx(before, rel=1e-4)
     assert result.final_loss == pytest.approx(divergence(packed, reference, inputs[held]), rel=1e-4)
     best = min(result.history, key=lambda losses: losses[1])
     assert result.history[result.best_epoch - 1] == best
+
+
+@pytest.mark.parametrize(
+    "count, holdout, expected",
+    [(10, 0.25, [3, 7]), (20, 0.1, [9, 19]), (7, 0.5, [1, 3, 5]), (5, 0.1, [4]), (2, 0.01, [1])],
+)
+def test_every_nth_input_is_held_out(count, holdout, expected):
+    held, trained = module._split(count, holdout)
+    assert held.tolist() == expected
+    assert trained.tolist() == [i for i in range(count) if i not in expected]
 
 
 def test_initial_state_is_kept_when_nothing_improves():
@@ -258,19 +268,24 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch):
 
     packed = compressed(reference)
     before = state(packed)
-    save = module._write_file
+    save = module.save_part
 
     def stop_after_first(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_file", stop_after_first)
+    monkeypatch.setattr(module, "save_part", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         run(packed, reference, lr_codes=0.02, folder=tmp_path / "cut")
     assert same(before, state(packed))  # so that the same call can be made again
     monkeypatch.undo()
     epochs = []
-    monkeypatch.setattr(module, "augment", lambda *args: epochs.append(1) or augment(*args))
+
+    def counted(*args, **options):
+        epochs.append(1)
+        return augment(*args, **options)
+
+    monkeypatch.setattr(module, "augment", counted)
     assert run(packed, reference, lr_codes=0.02, folder=tmp_path / "cut") == expected
     assert same(state(whole), state(packed))
     assert len(epochs) == 2 * 3  # two epochs of 48 inputs by 16
@@ -281,8 +296,11 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch):
 def test_folder_of_another_run_is_refused(tmp_path):
     reference = network()
     run(compressed(reference), reference, epochs=1, folder=tmp_path)
-    with pytest.raises(ValueError, match="belongs to a run with another"):
-        run(compressed(reference), reference, epochs=2, folder=tmp_path)
+    for other in ({"epochs": 2}, {"seed": 1}, {"inputs": images(seed=2)}):
+        with pytest.raises(ValueError, match="belongs to a run with other options, weights or"):
+            run(compressed(reference), reference, folder=tmp_path, **{"epochs": 1, **other})
+    with pytest.raises(ValueError, match="choose another folder or remove it"):
+        run(compressed(reference, alpha=5.33), reference, epochs=1, folder=tmp_path)
     (tmp_path / module.CHECKPOINT).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         run(compressed(reference), reference, epochs=1, folder=tmp_path)
@@ -310,7 +328,7 @@ def test_nan_in_training_is_an_error_and_restores_the_network(monkeypatch):
     reference = network()
     packed = compressed(reference)
     before = state(packed)
-    monkeypatch.setattr(module, "augment", lambda x, *_: x * float("nan"))
+    monkeypatch.setattr(module, "augment", lambda x, *_, **__: x * float("nan"))
     with pytest.raises(ValueError, match="NaN or Inf in epoch 1"):
         run(packed, reference)
     assert same(before, state(packed))
@@ -327,6 +345,7 @@ def test_nan_in_training_is_an_error_and_restores_the_network(monkeypatch):
         {"holdout": 1.0},
         {"temperature": 0.0},
         {"crop": 0},
+        {"zoom": 0.0},
         {"precision": "fp8"},
     ],
 )
@@ -340,7 +359,7 @@ def test_windows_and_mirror_images_are_parts_of_the_images():
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(40):
-        for image, window in zip(x, augment(x, True, 4, generator), strict=True):
+        for image, window in zip(x, augment(x, generator, flip=True, crop=4), strict=True):
             candidates = {
                 (flip, top, left): source[:, top : top + 4, left : left + 4]
                 for flip, source in ((False, image), (True, image.flip(-1)))
@@ -352,7 +371,27 @@ def test_windows_and_mirror_images_are_parts_of_the_images():
             seen.add(found[0])
     assert len(seen) == 12
     tokens = torch.arange(6).view(2, 3)
-    assert augment(tokens, True, 2, generator) is tokens
+    assert augment(tokens, generator, flip=True, crop=2, zoom=0.5, mix=True) is tokens
+
+
+def test_zoomed_windows_keep_the_shape_and_lie_within_the_image():
+    ramp = torch.arange(16.0).expand(64, 1, 16, 16)  # each column its own value
+    generator = torch.Generator().manual_seed(0)
+    zoomed = augment(ramp, generator, zoom=0.25)
+    assert zoomed.shape == ramp.shape
+    assert zoomed.min() >= 0 and zoomed.max() <= 15
+    widths = zoomed[:, 0, 0, -1] - zoomed[:, 0, 0, 0]
+    assert widths.min() < 9 and widths.max() > 13  # from a half to all of it
+    assert torch.equal(augment(ramp, generator, zoom=1.0), ramp)
+
+
+def test_mixed_images_are_between_two_images():
+    values = torch.tensor([0.0, 1.0, 10.0]).view(3, 1, 1, 1).expand(3, 2, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.stack([augment(values, generator, mix=True) for _ in range(50)])
+    assert (seen == seen[..., :1, :1, :1]).all()  # one proportion for a whole image
+    assert seen.min() >= 0 and seen.max() <= 10
+    assert seen.unique().numel() > 50
 
 
 @pytest.mark.parametrize("stride, kernel", [(1, 3), (2, 3), (2, 5)])

@@ -10,6 +10,7 @@ from torch import nn
 
 import jlcm
 from jlcm.layers import stored_tensors
+from jlcm.learning import calibration as module
 from jlcm.learning import sequential
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.options import Learn
@@ -20,23 +21,23 @@ from jlcm.packed import PackedWeight
 class Block(nn.Module):
     """A depthwise-separable block with a skip connection."""
 
-    def __init__(self, c):
+    def __init__(self, c, norm=nn.BatchNorm2d):
         super().__init__()
         self.conv1 = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
+        self.bn1 = norm(c)
         self.conv2 = nn.Conv2d(c, c, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c)
+        self.bn2 = norm(c)
 
     def forward(self, x):
         return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
 class Net(nn.Module):
-    def __init__(self, c=16, branch=False):
+    def __init__(self, c=16, branch=False, norm=nn.BatchNorm2d):
         super().__init__()
         self.stem = nn.Conv2d(3, c, 3, stride=2, padding="valid", bias=True)
-        self.bn = nn.BatchNorm2d(c)
-        self.block = Block(c)
+        self.bn = norm(c)
+        self.block = Block(c, norm)
         self.grouped = nn.Conv2d(c, 24, 3, dilation=2, padding=2, groups=4)
         self.act = nn.ReLU()
         self.head = nn.Linear(24, 10)
@@ -204,17 +205,28 @@ def test_same_seed_same_codes_and_memory_limit_changes_nothing(kind):
 
 
 def test_networks_that_cannot_be_traced_learn_the_same_as_far_as_no_norm_is_used():
-    options = with_(row_scale=False, statistics="none")
-    model, x = network(), images(32, 1)
-    packed, untraced = pack(model), pack(network(branch=True))
-    learn(packed, model, x, options)
+    x = images(32, 1)
+    learned = []
+    for branch in (False, True):
+        model = network(norm=nn.Identity, branch=branch)
+        packed = pack(model)
+        learned.append((packed, learn(packed, model, x)))
+    (traced, expected), (untraced, results) = learned
+    assert same(traced, untraced)
+    assert [(r.name, r.before, r.after) for r in results] == [
+        (r.name, r.before, r.after) for r in expected
+    ]
+
+
+def test_networks_that_cannot_be_traced_improve_with_norms_too():
     # Without the graph the norm after a layer is unknown, and its rows count alike.
-    results = learn(untraced, network(branch=True), x, options)
+    model, x = network(branch=True), images(32, 1)
+    packed, new = pack(model), images(64, 9)
+    before = error(packed, model, new)
+    results = learn(packed, model, x, with_(row_scale=False))
     assert [r.name for r in results][0] == "stem.weight"
     assert all(r.after <= r.before for r in results)
-    weights = [dict(stored_tensors(m))["head.weight"]().shape for m in (packed, untraced)]
-    assert weights[0] == weights[1]
-    assert error(untraced, model, images(64, 9)) < error(pack(model), model, images(64, 9))
+    assert error(packed, model, new) < 0.5 * before
 
 
 def test_interrupted_run_resumes_with_identical_results(tmp_path, monkeypatch):
@@ -248,7 +260,7 @@ def test_interrupted_run_resumes_with_identical_results(tmp_path, monkeypatch):
         learn(pack(model), model, x, folder=tmp_path / "whole")
 
 
-def test_columns_times_weight_are_the_outputs():
+def test_columns_times_weight_are_the_outputs(monkeypatch):
     model = network()
     packed = pack(model)
     calibration = Calibration(
@@ -270,9 +282,13 @@ def test_columns_times_weight_are_the_outputs():
         product = model.stem.weight.reshape(1, 16, -1) @ x
         expected = product + model.stem.bias[:, None]
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-        assert x.shape[1:] == (1, 27, 7)
+        assert x.shape[1:] == (1, 27, 36)  # all positions
         assert held.sum() in (1, 2)
     assert layer.name == "stem.weight"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LEAST_POSITIONS", 1)
+        some = [x.shape[1:] for x, _, _ in calibration.pairs(0)]
+    assert some == [(1, 27, 10)] * 3  # 7 for each of 27 inputs of a neuron, over 20 images
     # Later layers see the compressed network: equal weights give equal inputs there.
     twin = Calibration(
         packed, packed, images(20, 3), forward_batch=8, memory=2**20, positions=7, held_out=0.25,

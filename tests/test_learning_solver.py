@@ -9,15 +9,17 @@ import torch
 from jlcm.learning.objective import Moments, quadratic
 from jlcm.learning.solver import (
     Factors,
+    _feedback_factor,
     cluster_rows,
     coordinate_descent,
     feedback_rounding,
+    improve,
     least_squares_codebooks,
     least_squares_rows,
     least_squares_scales,
     nearest_codes,
     pack_factors,
-    solve,
+    start,
     unpack_factors,
 )
 from jlcm.packed import PackedWeight
@@ -180,10 +182,20 @@ def test_solve_improves_every_layout(layout, row_scale):
     problem = problem.damped(w, 0.01)
     factors = replace(factors_of((3, 6, 12), **layout), row_scale=None)
     nearest = replace(factors, codes=nearest_codes(factors, w / factors.multiplier()))
-    solved, _ = solve(problem, nearest, rounds=2, sweeps=2, row_scale=row_scale)
+    started = start(problem, nearest, row_scale=row_scale)
+    solved, curve = improve(problem, started, rounds=2, sweeps=2)
+    assert min(curve) <= problem.loss(started.weight())
     assert problem.loss(solved.weight()) < problem.loss(nearest.weight())
     assert (solved.codebooks.diff(dim=1) >= 0).all()
     assert torch.equal(solved.codebooks.half().float(), solved.codebooks)
+
+
+def test_feedback_factor_is_the_upper_root_of_the_inverse():
+    x = torch.randn(2, 20, 60, dtype=torch.float64)
+    gram = x @ x.mT / 60
+    upper = _feedback_factor(gram.float()).double()
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.mT @ upper, gram.inverse(), rtol=1e-3, atol=1e-3)
 
 
 def test_dead_inputs_and_zero_scales_give_no_nan():
@@ -193,7 +205,8 @@ def test_dead_inputs_and_zero_scales_give_no_nan():
     damped = dead.damped(w, 0.01)
     factors = replace(factors_of((2, 6, 6), scales=4), scales=torch.tensor([1.0, 0.0, 0.5, 0.0]))
     for row_scale in (False, True):
-        solved, _ = solve(damped, factors, rounds=2, sweeps=1, row_scale=row_scale)
+        started = start(damped, factors, row_scale=row_scale)
+        solved, _ = improve(damped, started, rounds=2, sweeps=1)
         assert solved.weight().isfinite().all()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jlcm.files import replacing
+
 #: Values of a network's graph by node, those that later nodes still read.
 State = dict[Any, Any]
 
@@ -52,7 +54,8 @@ class Activations:
                     tensors[f"{model}:{place}"] = value.clone()
                     state[node] = None
         self._files[number] = path = self._place() / f"{number}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        with replacing(path) as temporary:  # earlier tensors of this entry may map the old file
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         self._held[number] = states
 
     def get(self, number: int) -> tuple[State, State]:

@@ -6,6 +6,7 @@ codes) is trained together by the squared error of the block's output, with inpu
 as compressed so far. After BRECQ (Li et al., 2021), which trains the rounding.
 """
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
 from jlcm.learning.resume import restore_part, save_part, stage_identity
-from jlcm.learning.trainable import Trainable, optimizer_of, set_rates, trainable_copy
+from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
 from jlcm.packed import PackedWeight
 
 
@@ -59,8 +60,8 @@ class Blocks:
         for name in ("lr", "lr_vectors", "lr_codes"):
             if not 0 <= getattr(self, name) < 1:
                 raise Invalid(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if not 0 < self.held_out < 1 or self.memory < 0:
-            raise Invalid("held_out must lie between 0 and 1, and memory must not be negative")
+        if not 0 < self.held_out <= 0.5 or self.memory < 0:
+            raise Invalid("held_out must lie between 0 and 0.5, and memory must not be negative")
         check_choice("precision", self.precision, PRECISIONS)
 
 
@@ -112,10 +113,13 @@ def learn_blocks(
         One result for each block, in forward order.
 
     Raises:
-        ValueError: calibration set empty or too small, a network that torch.fx cannot trace, a loss
-            that is NaN or infinite, or a folder of another run.
+        ValueError: calibration set empty or too small, a network that is not compressed or that
+            torch.fx cannot trace, a loss that is NaN or infinite, or a folder of another run.
     """
     device = torch.device(device)
+    if next(stored_tensors(packed), None) is None:
+        raise ValueError("the network has no packed weights: call jlcm.compress first")
+    training = reference.training, packed.training
     packed.eval().to(device)
     reference.eval().to(device)
     calibration = Calibration(
@@ -136,12 +140,13 @@ def learn_blocks(
     identity = ""
     if folder is not None:
         identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
-    twin, trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
+    twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = _find_blocks(calibration, options.weights)
     results = []
     bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
-        members = {n: pair for n, pair in trainables.items() if n in block.tensors}
+        codes = options.lr_codes > 0
+        members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
         path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
         if path is not None and path.exists():
             stored = _buffers({name: pair[1] for name, pair in members.items()})
@@ -157,6 +162,8 @@ def learn_blocks(
             stored = _buffers({name: pair[1] for name, pair in members.items()})
             save_part(path, stored, identity, {"result": json.dumps(asdict(result))})
         bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
+    reference.train(training[0])
+    packed.train(training[1])
     return results
 
 
@@ -171,19 +178,27 @@ class _Run:
 
 
 def _find_blocks(calibration: Calibration, least: int) -> list[_Run]:
-    """Shortest runs between single live tensors with at least so many packed weights."""
+    """Shortest runs between single live tensors with at least so many packed weights.
+
+    The first dimension of these tensors counts the inputs.
+    """
     owners: dict[str, list[str]] = {}
     kinds = dict(stored_tensors(calibration.packed))
     for name in kinds:
         owners.setdefault(name.rpartition(".")[0], []).append(name)
     runs, start, weights, tensors = [], 0, [], set()
+    rows = torch.arange(len(calibration.inputs[0])) < 2
+    state = calibration.state(0, model=1, rows=rows)
     for i, node in enumerate(calibration.nodes):
+        calibration.run(1, state, i, i + 1)
         if node.op == "call_module":
             for owner, names in owners.items():
                 if owner == node.target or owner.startswith(f"{node.target}."):
                     tensors.update(names)
                     weights += [n for n in names if isinstance(kinds[n], PackedWeight)]
-        cut = calibration.live_after(i) == [node]
+        value = state.get(node)
+        inputs_first = isinstance(value, Tensor) and value.dim() and len(value) == int(rows.sum())
+        cut = inputs_first and calibration.live_after(i) == [node]
         if cut and (len(weights) >= least or i == len(calibration.nodes) - 1):
             runs.append(_Run(start, i + 1, weights, tensors))
             start, weights, tensors = i + 1, [], set()
@@ -212,6 +227,8 @@ class _Block:
             total = 0.0
             for step, number in enumerate(torch.randperm(count, generator=generator).tolist()):
                 rows = ~calibration.held(number)
+                if not bool(rows.any()):
+                    continue
                 loss = self._loss(number, rows, targets[number], train=True)
                 optimizer.zero_grad()
                 loss.backward()
@@ -238,9 +255,11 @@ class _Block:
     def _targets(self) -> list[Tensor]:
         """Outputs of the reference's block, batch by batch, on the CPU; keeps the inputs on."""
         targets = []
-        for states in self.calibration.states(self.run.start):
-            self.calibration.run(1, states[1], self.run.start, self.run.stop)
-            targets.append(states[1][self.end].float().cpu())
+        for number, _ in enumerate(self.calibration.states(self.run.start, keep=True)):
+            every = torch.ones(len(self.calibration.inputs[number]), dtype=torch.bool)
+            state = self.calibration.state(number, model=1, rows=every)
+            self.calibration.run(1, state, self.run.start, self.run.stop)
+            targets.append(state[self.end].float().cpu())
         flat = torch.cat([t.flatten() for t in targets])
         self.energy = max(float(flat.var()), 1e-30)
         return targets

@@ -270,7 +270,8 @@ class Calibration:
         for number in range(len(self.inputs)):
             states = self._kept.get(number)
             for model in range(2):
-                state = self._to_device(states[model])
+                # Copies, because nodes may work in place.
+                state = self._to_device(states[model], copy=position > start)
                 self.run(model, state, start, position)
                 states[model].clear()
                 states[model].update(self._live(state, position))
@@ -289,8 +290,8 @@ class Calibration:
         batch = len(rows)
         for node, value in state.items():
             if isinstance(value, Tensor) and value.dim() and len(value) == batch:
-                state[node] = value[rows].to(self.device)
-        return state
+                state[node] = value[rows]
+        return self._to_device(state)
 
     def live_after(self, position: int) -> list[fx.Node]:
         """Nodes up to a position whose values later ones read."""
@@ -358,8 +359,10 @@ class Calibration:
     def _live(self, env: State, position: int) -> State:
         return {node: value for node, value in env.items() if self._last[node] >= position}
 
-    def _to_device(self, env: State) -> dict:
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in env.items()}
+    def _to_device(self, env: State, *, copy: bool = False) -> State:
+        return {
+            k: v.to(self.device, copy=copy) if isinstance(v, Tensor) else v for k, v in env.items()
+        }
 
     def _stopped(self, model: int, name: str, batch: Tensor) -> tuple[tuple, dict]:
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -54,6 +54,9 @@ class Distill:
         flip: mirror images at random, left to right.
         crop: side in pixels of random windows of the images that are trained on, None for whole
             images. The original sees the same windows.
+        zoom: smallest area, as share of the image, of random windows that are resized to the
+            image's size; 1 for none.
+        mix: blend images in random proportions; the original sees the same blends.
         holdout: share of the inputs that only select the best epoch.
         precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
     """
@@ -67,6 +70,8 @@ class Distill:
     temperature: float = 1.0
     flip: bool = True
     crop: int | None = None
+    zoom: float = 1.0
+    mix: bool = False
     holdout: float = 0.1
     precision: str = "auto"
 
@@ -80,9 +85,12 @@ class Distill:
         for name in ("lr", "lr_vectors", "lr_codes"):
             if not 0 <= getattr(self, name) < 1:
                 raise Invalid(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name in ("holdout", "codes_start"):
-            if not 0 <= getattr(self, name) < 1 or (name == "holdout" and self.holdout == 0):
-                raise Invalid(f"{name}={getattr(self, name)} must be a share between 0 and 1")
+        if not 0 < self.holdout <= 0.5:
+            raise Invalid(f"holdout={self.holdout} must lie between 0 and 0.5")
+        if not 0 < self.zoom <= 1:
+            raise Invalid(f"zoom={self.zoom} must lie between 0 and 1")
+        if not 0 <= self.codes_start < 1:
+            raise Invalid(f"codes_start={self.codes_start} must be a share between 0 and 1")
         if not 0 < self.temperature < math.inf:
             raise Invalid(f"temperature={self.temperature} must be positive")
         check_choice("precision", self.precision, PRECISIONS)
@@ -234,7 +242,14 @@ class _Run:
         batches = order.tensor_split(-(-len(order) // options.batch_size))
         total = 0.0
         for step, batch in enumerate(batches):
-            x = augment(self.inputs[batch], options.flip, options.crop, generator)
+            x = augment(
+                self.inputs[batch],
+                generator,
+                flip=options.flip,
+                crop=options.crop,
+                zoom=options.zoom,
+                mix=options.mix,
+            )
             x = to_device(x, self.device)
             with precision(options.precision, self.device):
                 with torch.no_grad():

@@ -1,6 +1,7 @@
 """Run networks on calibration inputs: augmentation, precision, outputs and their divergence."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,14 +14,25 @@ PRECISIONS = ("auto", "bf16", "fp32")
 EVALUATION_BATCH = 64
 
 
-def augment(x: Tensor, flip: bool, crop: int | None, generator: torch.Generator) -> Tensor:
-    """Mirror images and cut random windows out of them; other tensors come back as they are.
+def augment(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    flip: bool = False,
+    crop: int | None = None,
+    zoom: float = 1.0,
+    mix: bool = False,
+) -> Tensor:
+    """Vary images at random; other tensors come back as they are.
 
     Args:
         x: (n, channels, height, width), floating.
-        flip: mirror each with probability one half.
-        crop: side of the window in pixels, None for whole images.
         generator: of the random choices.
+        flip: mirror each with probability one half.
+        crop: side in pixels of windows that are cut out, None for whole images.
+        zoom: smallest area, as share of the image, of windows that are cut out and resized to the
+            image's size; 1 for none.
+        mix: blend each with another image of the batch, in a random proportion.
 
     Returns:
         (n, channels, crop, crop), or x's shape.
@@ -31,12 +43,31 @@ def augment(x: Tensor, flip: bool, crop: int | None, generator: torch.Generator)
         chosen = torch.rand(len(x), generator=generator) < 0.5
         x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
     if crop is not None:
-        height, width = x.shape[-2:]
-        tops = torch.randint(0, height - crop + 1, (len(x),), generator=generator).tolist()
-        lefts = torch.randint(0, width - crop + 1, (len(x),), generator=generator).tolist()
-        windows = zip(x, tops, lefts, strict=True)
-        x = torch.stack([i[:, t : t + crop, s : s + crop] for i, t, s in windows])
+        x = torch.stack([_window(image, (crop, crop), generator) for image in x])
+    if zoom < 1:
+        area = zoom + (1 - zoom) * torch.rand(len(x), generator=generator)
+        stretch = (torch.rand(len(x), generator=generator) - 0.5) * math.log(16 / 9)
+        sides = (area[:, None] * torch.stack([stretch, -stretch], 1).exp()).sqrt().clamp(max=1)
+        sizes = (sides * torch.tensor(x.shape[-2:])).round().clamp(min=1).int().tolist()
+        windows = [_window(i, size, generator) for i, size in zip(x, sizes, strict=True)]
+        resized = [
+            F.interpolate(w[None], x.shape[-2:], mode="bilinear", antialias=True) for w in windows
+        ]
+        x = torch.cat(resized)
+    if mix:
+        part = torch.rand(len(x), 1, 1, 1, generator=generator)
+        x = torch.lerp(x, x[torch.randperm(len(x), generator=generator)], part)
     return x
+
+
+def _window(image: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random window (channels, *size) of an image."""
+    places = [
+        int(torch.randint(0, whole - part + 1, (1,), generator=generator))
+        for whole, part in zip(image.shape[-2:], size, strict=True)
+    ]
+    (top, left), (height, width) = places, size
+    return image[:, top : top + height, left : left + width]
 
 
 def divergence(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:

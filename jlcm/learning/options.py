@@ -31,7 +31,8 @@ class Learn:
             objective is then sampled; otherwise it is a quadratic form of Gram matrices and exact.
             Gradient kinds only.
         damping: ridges of the solver towards the original weight, relative to the mean diagonal of
-            the Gram matrix (GPTQ's is 0.01). Each is solved; the held-out inputs choose.
+            the Gram matrix (GPTQ's is 0.01). Where inputs are few for the neurons' length, the
+            held-out ones choose; else the first is taken.
         rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
         sweeps: coordinate-descent sweeps over all codes in a round.
         polish: sweeps after the gradient kinds.
@@ -107,8 +108,8 @@ class Learn:
                 raise Invalid(f"{name}={getattr(self, name)} must be at least 1")
         if not self.damping or min(self.damping) < 0:
             raise Invalid(f"damping={self.damping} must be one or more ridges, none negative")
-        if not 0 < self.held_out < 1:
-            raise Invalid(f"held_out={self.held_out} must lie between 0 and 1")
+        if not 0 < self.held_out <= 0.5:
+            raise Invalid(f"held_out={self.held_out} must lie between 0 and 0.5")
         if not 0 <= self.warmup < 1:
             raise Invalid(f"warmup={self.warmup} must be at least 0 and below 1")
         if len(self.beta) != 2 or min(self.beta) <= 0:

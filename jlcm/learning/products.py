@@ -118,7 +118,7 @@ def product_of(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Produ
         return Product(_heads(module, query))
     try:
         with _Interceptor():
-            module(*args, **kwargs)
+            module.forward(*args, **kwargs)
     except _Intercepted as found:
         return found.args[0]
     raise NotImplementedError("it is no linear layer or convolution")

@@ -26,12 +26,15 @@ from jlcm.learning.layer import (
     target_of,
     write,
 )
-from jlcm.learning.objective import Moments, quadratic
+from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
 from jlcm.learning.resume import restore_part, save_part, stage_identity
-from jlcm.learning.solver import Factors, solve, unpack_factors
+from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
+
+#: Sampled positions for each input of a neuron from which on the ridge hardly matters.
+ABUNDANT = 16
 
 
 @dataclass(kw_only=True)
@@ -182,24 +185,11 @@ def _fit(
     centred = target.shift is not None and options.statistics != "none"
     weights = target.reference.scale.square()
     problem = quadratic(train, centred=centred, weights=weights)
-    damped = problem.damped(target.original, options.damping[0])
     curve: list[float] = []
+    damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq" or options.start == "least_squares":
-        least, given = float("inf"), factors
-        for damping in options.damping:
-            ridged = problem.damped(target.original, damping)
-            found, steps = solve(
-                ridged,
-                given,
-                rounds=options.rounds,
-                sweeps=options.sweeps,
-                row_scale=options.row_scale and target.scale is not None,
-            )
-            affine = refit(train, found, target, options)
-            weight = replace(found, row_scale=None).weight()
-            error = output_error(held, weight, affine, target.reference)
-            if error < least:
-                least, factors, curve, damped = error, found, steps, ridged
+        damped, factors = _best_start(train, held, factors, target, problem, options)
+        factors, curve = improve(damped, factors, rounds=options.rounds, sweeps=options.sweeps)
     if options.kind == "lnq":
         return factors, curve
     samples = None
@@ -225,6 +215,29 @@ def _fit(
         seed=seed,
     )
     return factors, curve + steps
+
+
+def _best_start(
+    train: Moments,
+    held: Moments,
+    given: Factors,
+    target: Target,
+    problem: Quadratic,
+    options: Learn,
+) -> tuple[Quadratic, Factors]:
+    """The ridge whose rounding serves the held-out inputs best; the first one if inputs abound."""
+    row_scale = options.row_scale and target.scale is not None
+    abundant = train.count >= ABUNDANT * target.original.shape[-1]
+    least, best = float("inf"), None
+    for damping in options.damping[:1] if abundant else options.damping:
+        damped = problem.damped(target.original, damping)
+        factors = start(damped, given, row_scale=row_scale)
+        affine = refit(train, factors, target, options)
+        weight = replace(factors, row_scale=None).weight()
+        error = output_error(held, weight, affine, target.reference)
+        if best is None or error < least:
+            least, best = error, (damped, factors)
+    return best
 
 
 def _collect(

@@ -18,8 +18,8 @@ from jlcm.packing import pack
 
 #: Columns updated before their effect on all others is applied in one product.
 BLOCK = 64
-#: Conjugate-gradient steps; they end sooner where the solution is exact.
-MOST_STEPS = 4
+#: Conjugate-gradient steps: a few more than the unknowns, or this many. Later rounds go on.
+MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,10 @@ def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> F
         target: (groups, rows, n) minimiser of the problem.
         factors: codebooks and scales to use.
     """
-    gram = problem.gram.double()
+    gram = problem.gram
     # Columns of much energy first (GPTQ's "act-order"): later ones absorb their errors.
     order = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
-    gram = gram[:, order][:, :, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    upper = _feedback_factor(gram[:, order][:, :, order])
     columns, places = _Columns(factors), order.tolist()
     left = _by_column(target)[order]
     found = torch.empty(left.shape, dtype=torch.int64, device=left.device)
@@ -189,6 +187,20 @@ def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> F
         rest = errors.permute(1, 2, 0) @ upper[:, start:stop, stop:]
         left[stop:] -= rest.permute(2, 0, 1)
     return replace(factors, codes=columns.codes(found))
+
+
+def _feedback_factor(gram: Tensor) -> Tensor:
+    """(groups, n, n) upper triangular U with U^T U the inverse of the Gram matrix, float32.
+
+    It is the inverse of the Cholesky factor of the matrix with both axes reversed: cheaper than to
+    invert the matrix and to factor the inverse.
+    """
+    reverse = gram.flip(1, 2)
+    factor, failed = torch.linalg.cholesky_ex(reverse)
+    if bool(failed.any()):  # too ill-conditioned for float32
+        factor = torch.linalg.cholesky(reverse.double())
+    unit = torch.eye(gram.shape[-1], dtype=factor.dtype, device=gram.device).expand_as(factor)
+    return torch.linalg.solve_triangular(factor, unit, upper=False).flip(1, 2).float()
 
 
 def coordinate_descent(problem: Quadratic, factors: Factors, sweeps: int) -> Factors:
@@ -236,7 +248,7 @@ def least_squares_codebooks(problem: Quadratic, factors: Factors) -> Factors:
         factors.entries(),
         factors.multiplier().expand(factors.codes.shape),
         books.view(-1),
-        iterations=min(books.numel(), MOST_STEPS),
+        iterations=min(books.numel() + 2, MOST_STEPS),
     )
     return replace(factors, codebooks=values.view_as(books))
 
@@ -249,7 +261,7 @@ def least_squares_scales(problem: Quadratic, factors: Factors) -> Factors:
     factor = factors.codewords()
     if factors.row_scale is not None:
         factor = factor * factors.row_scale[..., None]
-    steps = min(len(factors.scales), MOST_STEPS)
+    steps = min(len(factors.scales) + 2, MOST_STEPS)
     scales = _least_squares(problem, index, factor, factors.scales, iterations=steps)
     return replace(factors, scales=scales)
 
@@ -291,7 +303,7 @@ def _least_squares(
     residual = scatter(problem.cross - gather(start) @ problem.gram)
     direction = preconditioned = inverse * residual
     inner = first = float(residual @ preconditioned)
-    for _ in range(iterations + 4):
+    for _ in range(iterations):
         if not inner > 1e-12 * max(first, 1e-300):
             break
         image = scatter(gather(direction.to(start.dtype)) @ problem.gram)
@@ -355,33 +367,36 @@ def _group_rms(values: Tensor, index: Tensor, groups: int) -> Tensor:
     return torch.where(rms > 0, rms, 1.0)
 
 
-def solve(
-    problem: Quadratic,
-    factors: Factors,
-    *,
-    rounds: int,
-    sweeps: int,
-    row_scale: bool,
-) -> tuple[Factors, list[float]]:
-    """Alternate codes, codebooks, scales and row scales.
+def start(problem: Quadratic, factors: Factors, *, row_scale: bool) -> Factors:
+    """Codes by rounding with error feedback.
 
     Args:
         problem: with an invertible Gram matrix (`Quadratic.damped`).
-        factors: to start from; with `row_scale` only their layout counts.
-        rounds: outer rounds.
-        sweeps: coordinate-descent sweeps in a round.
-        row_scale: fit a scale for each row.
-
-    Returns:
-        The factors of least loss among the rounds, and the loss after each.
+        factors: codebooks and scales to use; with `row_scale` only their layout counts.
+        row_scale: cluster anew with a scale for each row.
     """
     target = problem.minimiser()
     if row_scale:
         factors = cluster_rows(problem, target, factors)
+    return feedback_rounding(problem, target, factors)
+
+
+def improve(
+    problem: Quadratic, factors: Factors, *, rounds: int, sweeps: int
+) -> tuple[Factors, list[float]]:
+    """Alternate codes, row scales, codebooks and scales.
+
+    Args:
+        problem: with an invertible Gram matrix (`Quadratic.damped`).
+        factors: to start from.
+        rounds: outer rounds.
+        sweeps: coordinate-descent sweeps in a round.
+
+    Returns:
+        The factors of least loss among the rounds, rounded, and the loss after each round.
+    """
     best, least, curve = factors, float(problem.loss(factors.weight())), []
-    for round_ in range(rounds):
-        if round_ == 0:
-            factors = feedback_rounding(problem, target, factors)
+    for _ in range(rounds):
         factors = coordinate_descent(problem, factors, sweeps)
         factors = least_squares_rows(problem, factors)
         factors = least_squares_codebooks(problem, factors)
@@ -389,8 +404,7 @@ def solve(
         curve.append(float(problem.loss(factors.weight())))
         if curve[-1] < least:
             best, least = factors, curve[-1]
-    rounded = best.rounded()
-    return coordinate_descent(problem, rounded, 1), curve
+    return coordinate_descent(problem, best.rounded(), 1), curve
 
 
 def _by_column(values: Tensor | None) -> Tensor | None:

@@ -94,6 +94,7 @@ class TrainableWeight(nn.Module):
 
     def write(self, packed: PackedWeight) -> None:
         """Round to float16 and store; shapes and bytes stay as they are."""
+        packed.relative_error = float("nan")  # what was measured at the clustering
         packed.codebooks = _rounded(self.codebooks, packed.codebooks)
         if self.scales is not None:
             packed.scales = _rounded(self.scales, packed.scales)
@@ -166,23 +167,45 @@ def trainable_copy(
         The copy, in evaluation mode, and by name each trainable tensor with the stored tensor that
         it was made from and is written to. Tensors that modules share come once.
     """
-    originals = dict(reference.named_parameters())
-    stored = dict(stored_tensors(packed))
     twin = copy.deepcopy(packed).eval().requires_grad_(False)
+    return twin, attach_trainables(twin, packed, reference, codes=codes)
+
+
+def attach_trainables(
+    twin: nn.Module,
+    packed: nn.Module,
+    reference: nn.Module,
+    *,
+    codes: bool,
+    names: set[str] | None = None,
+) -> dict[str, tuple[Trainable, PackedWeight | HalfTensor]]:
+    """Put trainable tensors, made from the packed network's, into its copy.
+
+    Args:
+        twin: the copy.
+        packed: a compressed network; it is left as it is.
+        reference: the original network.
+        codes: whether codes are learned as well.
+        names: of the tensors, None for all.
+
+    Returns:
+        By name each trainable tensor with the stored tensor that it was made from.
+    """
+    originals = dict(reference.named_parameters())
     made: dict[int, Trainable] = {}
     trainables: dict[str, tuple[Trainable, PackedWeight | HalfTensor]] = {}
-    for name, copied in list(stored_tensors(twin)):
-        if not _is_trainable(copied):
+    for name, stored in stored_tensors(packed):
+        if not _is_trainable(stored) or not (names is None or name in names):
             continue
-        if id(copied) not in made:
-            if isinstance(copied, PackedWeight):
-                made[id(copied)] = TrainableWeight(copied, originals.get(name), codes=codes)
+        if id(stored) not in made:
+            if isinstance(stored, PackedWeight):
+                made[id(stored)] = TrainableWeight(stored, originals.get(name), codes=codes)
             else:
-                made[id(copied)] = TrainableTensor(copied)
-            trainables[name] = made[id(copied)], stored[name]
+                made[id(stored)] = TrainableTensor(stored)
+            trainables[name] = made[id(stored)], stored
         module, _, tensor = name.rpartition(".")
-        twin.get_submodule(module)._modules[STORE][tensor] = made[id(copied)]
-    return twin, trainables
+        twin.get_submodule(module)._modules[STORE][tensor] = made[id(stored)]
+    return trainables
 
 
 def optimizer_of(trainables: Iterable[Trainable], rates: dict[str, float]) -> torch.optim.Optimizer:
