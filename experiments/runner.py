@@ -60,7 +60,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         data = load_data(
             config.data, network.preprocessing, classes=network.classes, seed=config.seed
         )
-    with _timed(seconds, "compress"):
+    with _timed(seconds, "compress"), _memory_errors():
         compressed = jlcm.compress(
             network.module,
             alpha=config.alpha,
@@ -225,6 +225,23 @@ def _predict(config, module, data, device, description) -> tuple[Tensor, Tensor]
         workers=config.compute.workers,
         description=description,
     )
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Say in one line what to do where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an exception of its own for GPUs, and a plain RuntimeError on the CPU.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if "can't allocate memory" not in str(error):
+                raise
+        raise ValueError(
+            "out of memory while compressing: lower +learn.options.memory (bytes of activations), "
+            "+learn.options.forward_batch or +learn.distill.batch_size; the same command goes on "
+            "after the layers that are finished"
+        ) from error
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from jlcm.packing import packed_bytes
 
 HALF = 2  # bytes of a float16
 MAX_BITS = 8
+#: Row scales take at most this part of the bytes.
+MOST_RESERVE = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ def allocate(
     alpha: float,
     encoding: Encoding,
     distortions: dict[str, list[float]] | None = None,
+    row_scales: set[str] = frozenset(),
 ) -> dict[str, Allocation]:
     """Share the bytes that `alpha` leaves.
 
@@ -110,6 +113,8 @@ def allocate(
         encoding: kind, tile and budget rule.
         distortions: by name, the harm done by codes of 1, 2, ... bits. Bits are then chosen for
             each tensor so that the sum is small at the same bytes; None gives all the same bits.
+        row_scales: names of the tensors that get a scale for each row first, where bits are
+            chosen: no norm follows that could hold one.
 
     Returns:
         An allocation per tensor. The pooled budget's bytes together are at most the goal's.
@@ -129,12 +134,24 @@ def allocate(
         return {n: replace(p, nbytes=_printed_rule(p, alpha, encoding)) for n, p in plans.items()}
     total = sum(p.count for p in plans.values())
     budget = math.floor(16 * total / (8 * alpha))
+    reserve = {}
     if distortions is not None:
-        _share_bits(plans, budget, encoding, distortions)
-    _demote_until_fits(plans, budget, alpha, encoding)
+        if encoding.kind == "multi_scale":  # which counts one scale already
+            reserve = {n: HALF * (plans[n].rows - 1) for n in plans if n in row_scales}
+        most = budget // MOST_RESERVE
+        if (wanted := sum(reserve.values())) > most:
+            reserve = {n: nbytes * most // wanted for n, nbytes in reserve.items()}
+        _share_bits(plans, budget - sum(reserve.values()), encoding, distortions)
+    _demote_until_fits(plans, budget - sum(reserve.values()), alpha, encoding)
     least = {n: least_bytes(encoding.kind, p, encoding.tile) for n, p in plans.items()}
-    rest = budget - sum(least.values())
-    return {n: replace(p, nbytes=least[n] + rest * p.count // total) for n, p in plans.items()}
+    rest = budget - sum(least.values()) - sum(reserve.values())
+    spare = dict.fromkeys(plans, 0) | reserve
+    # Scales beyond one for each row would lie across rows, so the rest goes to other tensors.
+    free = [n for n in plans if n not in reserve] or list(plans)
+    sharing = sum(plans[n].count for n in free)
+    for n in free:
+        spare[n] += rest * plans[n].count // sharing
+    return {n: replace(p, nbytes=least[n] + spare[n]) for n, p in plans.items()}
 
 
 def _share_bits(

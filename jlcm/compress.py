@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jlcm.budget import MAX_BITS, allocate
 from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
-from jlcm.fold import fold_batch_norms
+from jlcm.fold import fold_batch_norms, norms_after_layers
 from jlcm.layers import (
     HalfTensor,
     Stored,
@@ -157,14 +157,15 @@ def compress(
 
     ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
     shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
-    harm = None
+    harm, row_scales = None, set()
     if allocation == "auto":
         inner = {name: weights[name] for name in shapes}
         harm = estimate_distortions(
             model, inner, calibration, fisher, most_bits=MAX_BITS, learned=bool(learn), **stage
         )
+        row_scales = shapes.keys() - _followed_by_norm(model)
     model.cpu()
-    allocations = allocate(shapes, alpha, encoding, harm) if shapes else {}
+    allocations = allocate(shapes, alpha, encoding, harm, row_scales) if shapes else {}
     if allocation == "uniform":
         most = max((a.bits for a in allocations.values()), default=0)
         for name, found in allocations.items():
@@ -263,6 +264,14 @@ def _check_importance(
         if not values.isfinite().all() or (values < 0).any():
             raise ValueError(f"importance of {name!r} is negative, NaN or Inf somewhere")
     return {name: values.clone() for name, values in (importance or {}).items()}
+
+
+def _followed_by_norm(model: nn.Module) -> set[str]:
+    """Names of the weights whose rows a batch norm scales."""
+    try:
+        return {f"{layer}.weight" for layer in norms_after_layers(model).values()}
+    except ValueError:  # not traceable: no norm is known
+        return set()
 
 
 def _propagate(

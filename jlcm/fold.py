@@ -38,6 +38,19 @@ def fold_batch_norms(model: nn.Module) -> set[str]:
     Raises:
         ValueError: if the network cannot be traced by torch.fx.
     """
+    modules, folded = dict(model.named_modules()), set()
+    for norm, layer in norms_after_layers(model).items():
+        _fold(modules[layer], modules[norm])
+        folded.add(norm)
+    return folded
+
+
+def norms_after_layers(model: nn.Module) -> dict[str, str]:
+    """Batch norms by name, each with the convolution or linear layer that alone feeds it.
+
+    Raises:
+        ValueError: if the network cannot be traced by torch.fx.
+    """
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # torch.fx raises many types
@@ -45,7 +58,7 @@ def fold_batch_norms(model: nn.Module) -> set[str]:
         raise ValueError(
             f"fold_bn needs a network that torch.fx can trace, this one fails: {reason}"
         ) from error
-    modules, folded = dict(model.named_modules()), set()
+    modules, pairs = dict(model.named_modules()), {}
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
@@ -57,9 +70,8 @@ def fold_batch_norms(model: nn.Module) -> set[str]:
         alone = len(producer.users) == 1 and calls.count(producer.target) == 1
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and alone and _own(layer, owners):
             if len(layer.weight) == norm.num_features:  # else it acts on another dimension
-                _fold(layer, norm)
-                folded.add(node.target)
-    return folded
+                pairs[node.target] = producer.target
+    return pairs
 
 
 def _own(layer: nn.Module, owners: Counter) -> bool:

@@ -1,6 +1,9 @@
 """The command line: names, types and choices, and what a run's identity depends on."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from hydra import compose, initialize
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -8,7 +11,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import DigitsConfig, ImageListConfig, register, run_id
 from experiments.overrides import check_overrides, one_line, valid_keys
-from experiments.runner import check_options, choose_device, learning_options
+from experiments.runner import (
+    _memory_errors,
+    check_options,
+    choose_device,
+    learning_options,
+    needs_calibration,
+)
 
 register()
 
@@ -98,10 +107,32 @@ def test_identity_ignores_the_machine_and_nothing_else():
     assert len({run_id(composed(o)) for o in different} | {base}) == len(different) + 1
 
 
-@pytest.mark.parametrize("kind", ["none", "codebook", "joint", "proximal", "lnq", "distill"])
+@pytest.mark.parametrize(
+    "kind", [path.stem for path in (Path(__file__).parent.parent / "conf" / "learn").iterdir()]
+)
 def test_every_learn_composes_and_is_valid(kind):
-    learn, distill = learning_options(OmegaConf.to_object(composed(f"learn={kind}")))
-    assert (learn is None) == (kind == "none") and (distill is None) == (kind != "distill")
+    config = OmegaConf.to_object(composed(f"learn={kind}"))
+    stages = learning_options(config)
+    assert (stages["learn"] is None) == (kind == "none")
+    assert (stages["blocks"] is None) == (kind != "blocks")
+    assert (stages["distill"] is None) == (kind not in ("distill", "jlcm"))
+    assert needs_calibration(config) == (kind != "none")
+    check_options(config)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error):
+    with pytest.raises(ValueError, match="learn.options.memory"), _memory_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), _memory_errors():
+        raise RuntimeError("shapes differ")
 
 
 def test_unknown_learning_options_are_refused():

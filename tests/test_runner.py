@@ -17,7 +17,7 @@ register()
 
 ROOT = Path(__file__).parent.parent
 # A small network that trains on the digits in seconds.
-SMALL = ["model=timm", "model.name=test_byobnet", "data.epochs=2", "init=kmeans"]
+SMALL = ["model=timm", "model.name=test_byobnet", "data.epochs=2", "init=kmeans", "learn=none"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,20 @@ def test_finished_run_is_skipped_unless_forced(finished, cache):
     again = last_json(run(*arguments, "force=true", cache=cache))
     assert again["notes"] == record["notes"]
     assert again["packed"] == record["packed"]  # and deterministic
+
+
+def test_default_learning_comes_closer_at_the_same_bytes(finished, cache):
+    results, free = finished
+    arguments = [*SMALL, f"results_dir={results}", "output=json", "alpha=3.9", "learn=jlcm"]
+    record = last_json(run(*arguments, cache=cache))
+    assert record["packed"]["kl"] < free["packed"]["kl"]
+    for size in (record["footprint"], free["footprint"]):
+        assert 3.9 <= size["alpha_layers"] <= 1.02 * 3.9
+    *layers, distilled = record["learning"]
+    assert {layer["name"] for layer in layers} == {layer["name"] for layer in record["layers"]}
+    assert all(layer["after"] <= layer["before"] for layer in layers)
+    assert distilled["final_loss"] <= distilled["initial_loss"]
+    assert not (results / "runs" / record["run_id"] / "learning").exists()
 
 
 def test_unfinished_run_runs_again(finished, cache):
@@ -161,6 +175,7 @@ def test_readme_main_job(tmp_path_factory):
     assert record["original"]["top1"] >= 98
     assert 7.5 <= record["footprint"]["alpha_layers"] <= 1.02 * 7.5
     assert record["footprint"]["file_bytes"] == os.path.getsize(record["file"])
+    assert record["packed"]["top1"] >= 97  # without learning it is near chance
 
 
 def test_readme_example(tmp_path, monkeypatch, capsys):

@@ -38,10 +38,9 @@ class Activations:
         Raises:
             OSError: the disk is full.
         """
-        self._held.pop(number, None)
+        fits = self.fits(number, states)
         states = tuple({k: _to_cpu(v) for k, v in state.items()} for state in states)
-        others = sum(size_of(held) for held in self._held.values())
-        if others + size_of(states) <= self.memory:
+        if fits:
             self._held[number] = states
             if number in self._files:
                 self._files.pop(number).unlink()
@@ -57,6 +56,11 @@ class Activations:
         with replacing(path) as temporary:  # earlier tensors of this entry may map the old file
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         self._held[number] = states
+
+    def fits(self, number: int, states: tuple[State, State]) -> bool:
+        """Whether the states of a batch, in place of its earlier ones, stay in memory."""
+        others = sum(size_of(held) for other, held in self._held.items() if other != number)
+        return others + size_of(states) <= self.memory
 
     def get(self, number: int) -> tuple[State, State]:
         """The states of a batch: copies of the dictionaries, tensors on the CPU."""

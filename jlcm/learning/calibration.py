@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from jlcm.layers import STORE, HalfTensor, is_static_norm
-from jlcm.learning.activations import Activations, State, size_of
+from jlcm.learning.activations import Activations, State
 from jlcm.learning.products import Product, output_columns, product_of
 from jlcm.packed import PackedWeight
 
@@ -34,6 +34,9 @@ _ELEMENTWISE_NAMES = {
 
 #: Sampled positions of a layer at the least: statistics of an output need about so many.
 LEAST_POSITIONS = 2**15
+#: Inputs of a layer at the least, and part of their positions that is sampled at the most, as far
+#: as there are more inputs: early layers of a network for images need few of them.
+LEAST_INPUTS, MOST_SAMPLED = 256, 0.25
 #: Nodes of the graph that run again rather than have large activations written to disk.
 RERUN = 16
 
@@ -90,6 +93,7 @@ class Calibration:
         seed: int,
         device: torch.device,
         folder: Path | None = None,
+        flip: bool = False,
     ) -> None:
         """Trace the networks and list their layers.
 
@@ -105,6 +109,7 @@ class Calibration:
             seed: of the sampling.
             device: where the networks are.
             folder: where activations past `memory` go for a while.
+            flip: add mirror images of the inputs, if these are images.
 
         Raises:
             ValueError: too few calibration inputs, or not finite ones.
@@ -114,7 +119,11 @@ class Calibration:
         self._kept = Activations(memory, folder)
         self.inputs = _split(batches, forward_batch)
         self.every = max(2, round(1 / held_out))
-        self.count = count = sum(len(batch) for batch in self.inputs)
+        count = sum(len(batch) for batch in self.inputs)
+        self._given = len(self.inputs)
+        if flip and all(batch.dim() == 4 and batch.is_floating_point() for batch in self.inputs):
+            self.inputs += [batch.flip(-1) for batch in self.inputs]
+        self.count = sum(len(batch) for batch in self.inputs)
         if count < self.every:
             raise ValueError(
                 f"{count} calibration inputs are too few: at least {self.every} are needed to hold "
@@ -137,7 +146,7 @@ class Calibration:
         Raises:
             NotImplementedError: the layer is not a plain matrix product or convolution.
         """
-        layer = self.layers[index]
+        layer, seen = self.layers[index], 0
         packed, reference = (modules[layer.module] for modules in self._modules)
         for number, arguments in enumerate(self._arguments(layer)):
             size = len(self.inputs[number])
@@ -146,9 +155,13 @@ class Calibration:
             product = product_of(layer.name, packed, args, kwargs)
             outputs = output_columns(layer.name, reference, reference_args, reference_kwargs)
             wanted = max(self.positions * product.length(), LEAST_POSITIONS)
-            chosen = product.sample(math.ceil(wanted / self.count), size, generator)
+            each = math.prod(product.sizes(size))
+            used = min(max(math.ceil(wanted / each / MOST_SAMPLED), LEAST_INPUTS), self.count)
+            chosen = product.sample(math.ceil(wanted / used), size, generator)
             columns = product.columns(chosen, size), product.outputs(outputs, chosen, size)
             yield *columns, self.held(number)
+            if (seen := seen + size) >= used:
+                break
 
     def _trace(self) -> None:
         try:
@@ -165,7 +178,7 @@ class Calibration:
         }
         self._output = output
         inputs = [n for n in self.nodes if n.op == "placeholder"]
-        self._kept_at = 0
+        self._kept_at = [0] * len(self.inputs)
         defaults = {n: n.args[0] for n in inputs[1:] if n.args}
         for number, batch in enumerate(self.inputs):
             self._kept.put(number, ({inputs[0]: batch, **defaults}, {inputs[0]: batch, **defaults}))
@@ -254,6 +267,7 @@ class Calibration:
 
     def held(self, number: int) -> Tensor:
         """(inputs,) bool: which inputs of a batch are held out."""
+        number %= self._given  # a mirror image goes with its original
         start = sum(len(batch) for batch in self.inputs[:number])
         place = torch.arange(start, start + len(self.inputs[number]))
         return place % self.every == self.every - 1
@@ -266,8 +280,7 @@ class Calibration:
             keep: whether they are kept for `state`. None keeps them where they fit in memory, or
                 where much would have to run again.
         """
-        start = self._kept_at
-        for number in range(len(self.inputs)):
+        for number, start in enumerate(self._kept_at):
             states = self._kept.get(number)
             for model in range(2):
                 # Copies, because nodes may work in place.
@@ -275,14 +288,11 @@ class Calibration:
                 self.run(model, state, start, position)
                 states[model].clear()
                 states[model].update(self._live(state, position))
-            if keep is None:
-                fits = size_of(states) * len(self.inputs) <= self._kept.memory
-                keep = fits or position - start >= RERUN
-            if keep:
+            far = position - start >= RERUN
+            if far or self._kept.fits(number, states) if keep is None else keep:
                 self._kept.put(number, states)
+                self._kept_at[number] = position
             yield states
-        if keep:
-            self._kept_at = position
 
     def state(self, number: int, model: int, rows: Tensor) -> State:
         """Some inputs of a batch in a state that was kept, on the device."""

@@ -61,17 +61,17 @@ class Distill:
         precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
     """
 
-    epochs: int = 12
+    epochs: int = 8
     batch_size: int = 32
-    lr: float = 3e-3
-    lr_vectors: float = 3e-3
+    lr: float = 1e-3
+    lr_vectors: float = 1e-3
     lr_codes: float = 0.0
     codes_start: float = 0.25
     temperature: float = 1.0
     flip: bool = True
     crop: int | None = None
-    zoom: float = 1.0
-    mix: bool = False
+    zoom: float = 0.3
+    mix: bool = True
     holdout: float = 0.1
     precision: str = "auto"
 

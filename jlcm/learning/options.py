@@ -52,6 +52,7 @@ class Learn:
         warmup: part of the iterations without L2.
         beta: exponent of L2 at the end of the warm-up and at the last iteration (AdaRound's).
         patience: stop early after this many iterations without a better held-out loss.
+        flip: learn from mirror images too, if the inputs are images.
         held_out: part of the calibration inputs that decides whether a layer is accepted.
         positions: pixels or tokens sampled for each input of a neuron, over all calibration inputs
             and the same in both networks; at least 32,768 together.
@@ -64,7 +65,7 @@ class Learn:
     row_scale: bool = True
     statistics: str = "moments"
     activation: bool = False
-    damping: tuple[float, ...] = (0.01, 0.1, 1.0)
+    damping: tuple[float, ...] = (0.1, 0.3, 1.0)
     rounds: int = 2
     sweeps: int = 2
     polish: int = 3
@@ -83,6 +84,7 @@ class Learn:
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
     patience: int = 100
+    flip: bool = False
     held_out: float = 0.1
     positions: int = 32
     forward_batch: int = 32

@@ -107,6 +107,7 @@ def learn_layers(
         seed=seed,
         device=device,
         folder=folder,
+        flip=options.flip,
     )
     store = dict(stored_tensors(packed))
     identity = ""
