@@ -9,6 +9,7 @@ number of weights.
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from jlcm.config import Encoding, Invalid
 from jlcm.packed import tile_grid
@@ -133,7 +134,8 @@ def allocate(
     if encoding.budget == "per_layer":
         return {n: replace(p, nbytes=_printed_rule(p, alpha, encoding)) for n, p in plans.items()}
     total = sum(p.count for p in plans.values())
-    budget = math.floor(16 * total / (8 * alpha))
+    # Exact: 132 bytes at alpha 8.8 leave 15, in floating point 14.
+    budget = math.floor(HALF * total / Fraction(repr(float(alpha))))
     reserve = {}
     if distortions is not None:
         if encoding.kind == "multi_scale":  # which counts one scale already

@@ -92,8 +92,8 @@ def enumerated(model, x):
 
 
 def distortions(model, fisher, x, most_bits=8):
-    """Of plain clustering: nothing is explained by other inputs of a neuron."""
-    return estimate_distortions(
+    """Of plain clustering, by which no other inputs of a neuron make up for errors."""
+    found = estimate_distortions(
         model,
         weights_of(model),
         x,
@@ -102,6 +102,7 @@ def distortions(model, fisher, x, most_bits=8):
         learned=False,
         progress=False,
     )
+    return {name: [costs[0] / sensitivity.ONE_BIT, *costs[1:]] for name, costs in found.items()}
 
 
 def of_one(weight, fisher, x=None, most_bits=8):
