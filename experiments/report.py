@@ -19,6 +19,7 @@ def as_text(record: dict[str, Any]) -> str:
         "",
         f"{config['model']['name']} on {config['data']['kind']}, {original['samples']} images, "
         f"init {config['init']['method']}, {config['encoding']['kind']}",
+        *_learning(record.get("learning", [])),
         f"alpha: goal {config['alpha']:g}, compressed layers {size['alpha_layers']:.3f}, "
         f"whole file {size['alpha_total']:.3f}",
         f"seconds: {', '.join(f'{k} {v:.1f}' for k, v in record['seconds'].items())}; "
@@ -27,6 +28,27 @@ def as_text(record: dict[str, Any]) -> str:
         *(f"note: {note}" for note in record["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _learning(results: list[dict[str, Any]]) -> list[str]:
+    """What learning changed: layers, blocks, and the divergence before and after distillation."""
+    layers = [result for result in results if "kept" in result]
+    blocks = [result for result in results if "best_epoch" in result and "after" in result]
+    distilled = [result for result in results if "final_loss" in result]
+    lines = []
+    if layers:
+        left = [result["name"] for result in layers if result["kept"] == "initialisation"]
+        text = f"learned {len(layers) - len(left)} of {len(layers)} layers"
+        lines.append(text + (f"; left as they were: {', '.join(left)}" if left else ""))
+    if blocks:
+        better = sum(result["best_epoch"] > 0 for result in blocks)
+        lines.append(f"improved {better} of {len(blocks)} blocks")
+    lines += [
+        f"distillation: held-out divergence {result['initial_loss']:.4g} -> "
+        f"{result['final_loss']:.4g}, epoch {result['best_epoch']} of {len(result['history'])}"
+        for result in distilled
+    ]
+    return lines
 
 
 def _layer(layer: dict[str, Any]) -> str:

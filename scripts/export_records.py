@@ -19,6 +19,9 @@ COLUMNS = {
     "seed": "config.seed",
     "init": "config.init.method",
     "encoding": "config.encoding.kind",
+    "learn": "config.learn.kind",
+    "allocation": "config.learn.allocation",
+    "distill_epochs": "config.learn.distill.epochs",
     "alpha_goal": "config.alpha",
     "alpha_layers": "footprint.alpha_layers",
     "alpha_total": "footprint.alpha_total",
@@ -30,6 +33,7 @@ COLUMNS = {
     "agreement": "packed.agreement",
     "kl": "packed.kl",
     "compress_seconds": "seconds.compress",
+    "peak_rss_bytes": "peak_rss_bytes",
 }
 
 
@@ -56,7 +60,9 @@ def main() -> None:
         frame = frame[frame[f"config.{key}"].astype(str) == value]
     if frame.empty:
         sys.exit(f"error: no record below {arguments.runs} fits {' '.join(arguments.where)}")
-    table = frame[list(COLUMNS.values())].rename(columns={v: k for k, v in COLUMNS.items()})
+    # Stages that a run left out have no options in its record.
+    table = frame.reindex(columns=list(COLUMNS.values()))
+    table = table.rename(columns={v: k for k, v in COLUMNS.items()})
     table = table.sort_values(["model", "encoding", "alpha_goal", "init", "seed"])
     table.to_csv(arguments.output, index=False, float_format="%.6g")
     print(f"{len(table)} runs -> {arguments.output}")
