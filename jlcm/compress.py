@@ -127,6 +127,8 @@ def compress(
     if allocation == "auto" and encoding.budget == "per_layer":
         raise Invalid("allocation=auto shares one budget: it needs encoding.budget=pooled")
     sensitive = allocation == "auto" or importance == "fisher"
+    if sensitive and encoding.fold_bn:
+        raise Invalid("allocation=auto and importance=fisher need encoding.fold_bn=false")
     if (learn or blocks or distill or sensitive) and calibration is None:
         raise Invalid(
             "learning, allocation=auto and importance=fisher need calibration inputs: pass "
@@ -149,7 +151,7 @@ def compress(
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
     weights = select(model, filter_fn)
     _check_range(model, weights)
-    fisher = None
+    fisher, home = None, next(model.parameters()).device
     stage = {"seed": seed, "device": device, "progress": progress}
     if sensitive:
         fisher = fisher_information(model, weights, calibration, **stage)
@@ -164,7 +166,7 @@ def compress(
             model, inner, calibration, fisher, most_bits=MAX_BITS, learned=bool(learn), **stage
         )
         row_scales = shapes.keys() - _followed_by_norm(model)
-    model.cpu()
+    model.to(home)
     allocations = allocate(shapes, alpha, encoding, harm, row_scales) if shapes else {}
     if allocation == "uniform":
         most = max((a.bits for a in allocations.values()), default=0)

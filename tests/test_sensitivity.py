@@ -489,7 +489,7 @@ def test_unknown_choices_list_those_that_exist(mlp):
         compress(mlp, importance="hessian")
 
 
-def test_bits_by_sensitivity_and_a_budget_per_layer_do_not_go_together(mlp):
-    encoding = Encoding(budget="per_layer")
-    with pytest.raises(Invalid, match="budget"):
-        compress(mlp, allocation="auto", encoding=encoding, calibration=normal(32, 24))
+@pytest.mark.parametrize("option", [{"budget": "per_layer"}, {"fold_bn": True}])
+def test_bits_by_sensitivity_do_not_go_with_other_rules_of_the_budget(mlp, option):
+    with pytest.raises(Invalid, match=next(iter(option))):
+        compress(mlp, allocation="auto", encoding=Encoding(**option), calibration=normal(32, 24))
