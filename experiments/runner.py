@@ -99,6 +99,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         "versions": versions(),
         "notes": compressed.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
+        "stages": {name: asdict(stage) for name, stage in stages.items() if stage},
         "learning": [asdict(result) for result in compressed.learning],
     }
     write_record(folder, record)

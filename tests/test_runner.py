@@ -87,6 +87,8 @@ def test_default_learning_comes_closer_at_the_same_bytes(finished, cache):
     assert record["packed"]["kl"] < free["packed"]["kl"]
     for size in (record["footprint"], free["footprint"]):
         assert 3.9 <= size["alpha_layers"] <= 1.02 * 3.9
+    assert record["stages"]["learn"]["kind"] == "lnq"  # defaults are recorded too
+    assert record["stages"]["distill"]["epochs"] > 0 and free["stages"] == {}
     *layers, distilled = record["learning"]
     assert {layer["name"] for layer in layers} == {layer["name"] for layer in record["layers"]}
     assert all(layer["after"] <= layer["before"] for layer in layers)

@@ -63,15 +63,15 @@ class Distill:
 
     epochs: int = 8
     batch_size: int = 32
-    lr: float = 1e-3
-    lr_vectors: float = 1e-3
+    lr: float = 4e-4
+    lr_vectors: float = 4e-4
     lr_codes: float = 0.0
     codes_start: float = 0.25
     temperature: float = 1.0
     flip: bool = True
     crop: int | None = None
-    zoom: float = 0.3
-    mix: bool = True
+    zoom: float = 1.0
+    mix: bool = False
     holdout: float = 0.1
     precision: str = "auto"
 
