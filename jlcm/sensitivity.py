@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.clustering.scalar import assign, cluster
+from jlcm.learning.calibration import split_inputs
 from jlcm.learning.forward import divergence, logits_of, outputs_of, to_device
 from jlcm.learning.products import product_of
 from jlcm.select import as_matrix
@@ -243,11 +244,7 @@ def _unexplained(columns: Tensor) -> float:
 
 def _first(inputs: Sequence[Tensor] | Tensor, count: int, size: int) -> list[Tensor]:
     """The first calibration inputs in batches of at most `size`."""
-    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    parts = [part for batch in batches for part in batch.split(size) if len(part)]
-    if not parts:
-        raise ValueError("the calibration set is empty")
-    return parts[: max(count // size, 1)]
+    return split_inputs(inputs, size)[: max(count // size, 1)]
 
 
 def _clustered(weight: Tensor, importance: Tensor, bits: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
-from jlcm.layers import stored_tensors
+from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
 from jlcm.learning.resume import restore_part, save_part, stage_identity
@@ -149,18 +149,15 @@ def learn_blocks(
         members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
         path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
         if path is not None and path.exists():
-            stored = _buffers({name: pair[1] for name, pair in members.items()})
-            results.append(
-                BlockResult(**json.loads(restore_part(path, stored, identity)["result"]))
-            )
+            metadata = restore_part(path, _buffers(members), identity)
+            results.append(BlockResult(**json.loads(metadata["result"])))
             continue
         began = time.perf_counter()
         result = _Block(calibration, block, twin, members, options, seed + index).train()
         result.seconds = time.perf_counter() - began
         results.append(result)
         if path is not None:
-            stored = _buffers({name: pair[1] for name, pair in members.items()})
-            save_part(path, stored, identity, {"result": json.dumps(asdict(result))})
+            save_part(path, _buffers(members), identity, {"result": json.dumps(asdict(result))})
         bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
     reference.train(training[0])
     packed.train(training[1])
@@ -220,7 +217,12 @@ class _Block:
         targets = self._targets()
         result.before = result.after = self._held_out(targets)
         best = self._state()
-        optimizer = optimizer_of(self._trainables(), _rates(options))
+        optimizer = optimizer_of(
+            self._trainables(),
+            lr=options.lr,
+            lr_vectors=options.lr_vectors,
+            lr_codes=options.lr_codes,
+        )
         generator = torch.Generator().manual_seed(self.seed)
         count = len(calibration.inputs)
         for epoch in range(options.epochs):
@@ -287,24 +289,13 @@ class _Block:
         return total / max(count, 1)
 
     def _state(self) -> dict[str, Tensor]:
-        stored = {name: stored for name, (_, stored) in self.members.items()}
-        return {name: tensor.clone() for name, tensor in _buffers(stored).items()}
+        return {name: tensor.clone() for name, tensor in _buffers(self.members).items()}
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        stored = {name: stored for name, (_, stored) in self.members.items()}
-        for name, tensor in _buffers(stored).items():
+        for name, tensor in _buffers(self.members).items():
             tensor.copy_(state[name])
 
 
-def _rates(options: Blocks) -> dict[str, float]:
-    return {
-        "codebooks": options.lr,
-        "scales": options.lr,
-        "vectors": options.lr_vectors,
-        "codes": options.lr_codes,
-    }
-
-
-def _buffers(stored: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Buffers of stored tensors by name."""
-    return {f"{n}:{part}": t for n, s in stored.items() for part, t in s.named_buffers()}
+def _buffers(members: dict[str, tuple[Trainable, Stored]]) -> dict[str, Tensor]:
+    """Buffers of a block's stored tensors by name."""
+    return {f"{n}:{part}": t for n, (_, s) in members.items() for part, t in s.named_buffers()}

@@ -30,8 +30,6 @@ _ELEMENTWISE_NAMES = {
     "relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu",
     "sigmoid", "tanh", "mish", "softplus", "hardsigmoid",
 }  # fmt: skip
-
-
 #: Sampled positions of a layer at the least: statistics of an output need about so many.
 LEAST_POSITIONS = 2**15
 #: Inputs of a layer at the least, and part of their positions that is sampled at the most, as far
@@ -117,7 +115,7 @@ class Calibration:
         self.packed, self.reference, self.device = packed, reference, device
         self.positions, self.seed = positions, seed
         self._kept = Activations(memory, folder)
-        self.inputs = _split(batches, forward_batch)
+        self.inputs = split_inputs(batches, forward_batch)
         self.every = max(2, round(1 / held_out))
         count = sum(len(batch) for batch in self.inputs)
         self._given = len(self.inputs)
@@ -389,7 +387,12 @@ class Calibration:
         raise NotImplementedError("it does not run on every calibration batch")
 
 
-def _split(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:
+def split_inputs(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:
+    """Calibration inputs in batches of at most `size`.
+
+    Raises:
+        ValueError: there are none, or they are no tensors, NaN or infinite.
+    """
     batches = [batches] if isinstance(batches, Tensor) else list(batches)
     for number, batch in enumerate(batches):
         if not isinstance(batch, Tensor) or batch.dim() < 1:

@@ -186,7 +186,12 @@ class _Run:
             store = dict(stored_tensors(packed))
             self.identity = stage_identity(f"{options!r} {seed}", store, [inputs])
         self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
-        self.optimizer = optimizer_of(self._members(), _rates(options))
+        self.optimizer = optimizer_of(
+            self._members(),
+            lr=options.lr,
+            lr_vectors=options.lr_vectors,
+            lr_codes=options.lr_codes,
+        )
         self.epoch, self.history = 0, []
         self.initial_loss = self.best_loss = self._held_out_loss()
         self.best, self.best_epoch = self.initial, 0
@@ -337,15 +342,6 @@ class _Run:
         for name, (trainable, _) in self.trainables.items():
             for part, parameter in trainable.named_parameters():
                 yield f"{name}:{part}", parameter
-
-
-def _rates(options: Distill) -> dict[str, float]:
-    return {
-        "codebooks": options.lr,
-        "scales": options.lr,
-        "vectors": options.lr_vectors,
-        "codes": options.lr_codes,
-    }
 
 
 def _joined(batches: Sequence[Tensor] | Tensor) -> Tensor:

@@ -208,14 +208,18 @@ def attach_trainables(
     return trainables
 
 
-def optimizer_of(trainables: Iterable[Trainable], rates: dict[str, float]) -> torch.optim.Optimizer:
+def optimizer_of(
+    trainables: Iterable[Trainable], *, lr: float, lr_vectors: float, lr_codes: float
+) -> torch.optim.Optimizer:
     """Adam over all parameters.
 
     Args:
         trainables: what is trained.
-        rates: peak learning rates of codebooks, scales, vectors and codes, relative to the unit
-            of each tensor.
+        lr: peak learning rate of codebooks and scales, relative to the unit of each tensor.
+        lr_vectors: of biases and norms.
+        lr_codes: of latent values.
     """
+    rates = {"codebooks": lr, "scales": lr, "vectors": lr_vectors, "codes": lr_codes}
     groups = [
         {"params": [parameter], "kind": kind, "peak": rates[kind] * unit}
         for trainable in trainables
