@@ -27,7 +27,7 @@ AS_PRINTED = torch.tensor([[-1.23, -0.09, 0.17, 0.96]])
 def gradients(logits, codebooks, book, upstream, kind="proximal", forward="hard", **settings):
     logits, codebooks = logits.clone().requires_grad_(), codebooks.clone().requires_grad_()
     sign, distance = settings.get("sign", "corrected"), settings.get("distance", "relative")
-    out = AssignCodewords.apply(logits, codebooks, book, kind, forward, sign, distance)
+    out, _ = AssignCodewords.apply(logits, codebooks, book, kind, forward, sign, distance)
     out.backward(upstream)
     return out.detach(), logits.grad, codebooks.grad
 

@@ -112,16 +112,19 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16, which are faster than those for float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """Training in bf16 (autocast), fp32, or auto: bf16 where the device computes in it."""
     if name == "auto":
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            features = getattr(torch.cpu, "get_capabilities", dict)()
-            has_bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-        name = "bf16" if has_bf16 else "fp32"
+        name = "bf16" if computes_bf16(device) else "fp32"
     with ExitStack() as stack:
         if name == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jlcm.layers import HalfTensor, Stored, affine_of
 from jlcm.learning.calibration import Layer
-from jlcm.learning.objective import Moments, quadratic
+from jlcm.learning.objective import Moments
 from jlcm.learning.options import Learn
 from jlcm.learning.solver import Factors, pack_factors
 from jlcm.packed import PackedWeight
@@ -56,7 +56,6 @@ class Target:
 
 def output_error(moments: Moments, weight: Tensor, affine: Affine, reference: Affine) -> float:
     """Squared error of scale * (W~ X~) + shift over the variance of the reference's output."""
-    quadratic(moments, centred=False)  # refuses NaN and empty sums
     weight, count = weight.double(), moments.count
     mean, goal = moments.inputs / count, moments.outputs / count
     energy = ((weight @ moments.gram) * weight).sum(-1) / count

@@ -7,10 +7,15 @@ channels for a depthwise convolution): inputs (groups, n, positions), outputs (g
 positions), weights (groups, rows, n).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from jlcm.learning.forward import computes_bf16
+
+#: Elements of the inputs that wait to be summed up together: 64 MiB.
+MOST_WAITING = 2**24
 
 
 @dataclass
@@ -24,6 +29,7 @@ class Moments:
         inputs: (groups, n) of X~.
         outputs: (groups, rows) of Y.
         count: number of positions.
+        waiting: inputs and outputs that are not in the sums yet.
     """
 
     gram: Tensor
@@ -32,6 +38,7 @@ class Moments:
     inputs: Tensor
     outputs: Tensor
     count: int = 0
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def zeros(cls, groups: int, rows: int, n: int, device: torch.device) -> "Moments":
@@ -41,12 +48,38 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add inputs (groups, n, positions) and outputs (groups, rows, positions)."""
+        self.waiting.append((x, y))
+        if sum(x.numel() for x, _ in self.waiting) >= MOST_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Sum up what waits; one product of many positions is faster than many of few."""
+        if not self.waiting:
+            return
+        x, y = (torch.cat(parts, -1) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
         self.gram += x @ x.mT
         self.cross += y @ x.mT
         self.energy += y.square().sum(-1)
         self.inputs += x.sum(-1)
         self.outputs += y.sum(-1)
         self.count += x.shape[-1]
+
+    def check(self) -> None:
+        """Settle, and refuse sums that no weight can be fitted to.
+
+        Raises:
+            ValueError: if no positions were added, or activations are NaN or infinite.
+        """
+        self.settle()
+        if self.count == 0:
+            raise ValueError(
+                "no calibration inputs on one side of the held-out split: give more of them"
+            )
+        # One such value makes the energy of its input, or of its output, not finite.
+        energies = self.gram.diagonal(dim1=-2, dim2=-1), self.energy
+        if not all(bool(energy.isfinite().all()) for energy in energies):
+            raise ValueError("activations are NaN or infinite on the calibration inputs")
 
 
 @dataclass(frozen=True)
@@ -103,10 +136,40 @@ class Quadratic:
 
     def minimiser(self) -> Tensor:
         """(groups, rows, n) least-squares weight; the Gram matrix must be invertible."""
-        factor, failed = torch.linalg.cholesky_ex(self.gram.double())
+        factor, failed = torch.linalg.cholesky_ex(self.gram)
+        if bool(failed.any()):  # too ill-conditioned for float32
+            factor, failed = torch.linalg.cholesky_ex(self.gram.double())
         if bool(failed.any()):
             raise torch.linalg.LinAlgError("the Gram matrix is singular: raise learn.damping")
-        return torch.cholesky_solve(self.cross.double().mT, factor).mT.float()
+        cross, gram = self.cross.to(factor.dtype), self.gram.to(factor.dtype)
+        weight = torch.cholesky_solve(cross.mT, factor).mT
+        # Once more for what rounding left over.
+        weight = weight + torch.cholesky_solve((cross - weight @ gram).mT, factor).mT
+        return weight.float()
+
+
+class Deviation:
+    """Loss and gradient of a `Quadratic` by a weight's difference from another weight.
+
+    One product with the Gram matrix serves both. As the difference is small beside the weight, the
+    product may be rounded to bf16 where the device computes faster in it.
+    """
+
+    def __init__(self, problem: Quadratic, origin: Tensor) -> None:
+        """Take the objective, and the (groups, rows, n) weight that others are compared with."""
+        self.origin = origin
+        self.dtype = torch.bfloat16 if computes_bf16(origin.device) else torch.float32
+        self.gram = problem.gram.to(self.dtype)
+        self.slope = origin @ problem.gram - problem.cross
+        self.constant = problem.loss(origin)
+        self.scale = (problem.weights / problem.total_energy())[..., None]
+
+    def loss_and_gradient(self, weight: Tensor) -> tuple[float, Tensor]:
+        """`Quadratic.loss` and `Quadratic.gradient` of a weight (groups, rows, n)."""
+        difference = weight - self.origin
+        product = (difference.to(self.dtype) @ self.gram).float()
+        loss = self.constant + (self.scale * difference * (product + 2 * self.slope)).sum()
+        return float(loss), 2 * self.scale * (product + self.slope)
 
 
 def quadratic(moments: Moments, *, centred: bool, weights: Tensor | None = None) -> Quadratic:
@@ -118,17 +181,12 @@ def quadratic(moments: Moments, *, centred: bool, weights: Tensor | None = None)
         weights: (groups, rows) importance of the rows; None for equal.
 
     Raises:
-        ValueError: if no positions were added, or activations are NaN or infinite.
+        ValueError: as `Moments.check`.
     """
-    if moments.count == 0:
-        raise ValueError(
-            "no calibration inputs on one side of the held-out split: give more of them"
-        )
+    moments.check()
     gram, cross = moments.gram / moments.count, moments.cross / moments.count
     energy = moments.energy / moments.count
     inputs, outputs = moments.inputs / moments.count, moments.outputs / moments.count
-    if not (gram.isfinite().all() and cross.isfinite().all()):
-        raise ValueError("activations are NaN or infinite on the calibration inputs")
     if centred:
         gram = gram - inputs[:, :, None] * inputs[:, None]
         cross = cross - outputs[:, :, None] * inputs[:, None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jlcm.learning.objective import Quadratic
+from jlcm.learning.objective import Deviation, Quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.solver import (
     Factors,
@@ -23,6 +23,12 @@ from jlcm.learning.solver import (
 
 #: Codebooks beyond this size (8-bit ends) are left to the solver: their logits would not fit.
 MOST_CODEWORDS = 32
+#: Logits that go through a step together on a CPU: half a MiB, so that they stay in its cache.
+CACHED_LOGITS = 2**17
+#: Steps from one look at the hard loss to the next, where the step's own loss is another.
+HARD_LOSS_EVERY = 10
+#: Steps from one look at the held-out inputs to the next.
+HELD_LOSS_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -84,23 +90,25 @@ class AssignCodewords(torch.autograd.Function):
     """Codewords by logits, with the gradients of Eq. 9 or Eq. 7.
 
     Forward takes logits (N, k), codebooks (books, k), the codebook of each weight (N,) int64 or
-    None for one, and `Learn`'s kind, forward, sign and distance; it returns (N,) values. It is
-    fastest where the logits of one codeword lie next to each other in memory.
+    None for one, and `Learn`'s kind, forward, sign and distance; it returns (N,) values and (N,)
+    int64 codes of the largest logits. It is fastest where the logits of one codeword lie next to
+    each other in memory.
     """
 
     @staticmethod
     def forward(ctx, logits, codebooks, book, kind, forward, sign, distance):
         """Take the codeword of the largest logit (hard) or the mixture (soft)."""
         chosen = chosen_codes(logits)
+        ctx.mark_non_differentiable(chosen)
         entry = chosen if book is None else book * codebooks.shape[1] + chosen
         ctx.save_for_backward(logits, codebooks, book, entry)
         ctx.settings = kind, forward, sign, distance
         if forward == "hard":
-            return codebooks.reshape(-1)[entry]
-        return (_shares(logits) * _table(codebooks, book)).sum(0)
+            return codebooks.reshape(-1)[entry], chosen
+        return (_shares(logits) * _table(codebooks, book)).sum(0), chosen
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         """Send a weight's gradient to its codewords and its logits."""
         logits, codebooks, book, entry = ctx.saved_tensors
         kind, forward, sign, distance = ctx.settings
@@ -134,11 +142,14 @@ class AssignCodewords(torch.autograd.Function):
 
 def chosen_codes(logits: Tensor) -> Tensor:
     """(N,) int64 first index of the largest logit; `argmax` is slow over so few."""
-    best, codes = logits[:, 0], torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    for j in range(1, logits.shape[1]):
-        codes = torch.where(logits[:, j] > best, j, codes)
-        best = torch.maximum(best, logits[:, j])
-    return codes
+    best, k = logits.amax(1), logits.shape[1]
+    # The number of codewords before the first that reaches the largest logit.
+    before = torch.ones(len(logits), dtype=torch.bool, device=logits.device).view(torch.uint8)
+    codes = torch.zeros_like(before)
+    for j in range(k - 1):
+        before &= (logits[:, j] < best).view(torch.uint8)
+        codes += before
+    return codes.long()
 
 
 def _shares(logits: Tensor) -> Tensor:
@@ -263,64 +274,65 @@ def learn_by_gradient(
     if k > MOST_CODEWORDS:
         return factors, []
     multiplier = factors.multiplier().expand(original.shape).reshape(-1)
-    book = None if factors.book is None else factors.book.reshape(-1)
     codebooks = factors.codebooks.clone().requires_grad_()
-    values = original.reshape(-1) / torch.where(multiplier != 0, multiplier, 1.0)
-    logits = initial_logits(values, factors.codebooks, book, factors.codes.reshape(-1))
-    optimizers = [
-        Adam(codebooks, options.lr_codebook * codebook_gap(factors.codebooks), shared=False)
-    ]
-    mappings = options.kind != "codebook"
-    if mappings:
-        logits.requires_grad_()
-        optimizers.append(Adam(logits, options.lr, shared=options.second_moment == "shared"))
+    codebook_adam = Adam(
+        codebooks, options.lr_codebook * codebook_gap(factors.codebooks), shared=False
+    )
+    pieces = _pieces(factors, original, multiplier, options)
+    near = Deviation(problem, original)
     generator = torch.Generator().manual_seed(seed)
     weight_energy = original.square().sum().clamp(min=1e-30)
     settings = options.kind, options.forward, options.sign, options.distance
+    sharpens = options.kind != "codebook" and options.lambda_ > 0
     warmup = int(options.warmup * options.iterations)
     best, least, curve = factors, float("inf"), []
     held_least, held_step = float("inf"), 0
     state = factors
     for step in range(options.iterations):
         with torch.enable_grad():
-            mapped = AssignCodewords.apply(logits, codebooks, book, *settings)
-            weight = (mapped * multiplier).view(original.shape)
-            late = mappings and options.lambda_ > 0 and step >= warmup
-            if late:
-                progress = (step - warmup) / max(options.iterations - warmup, 1)
-                beta = options.beta[0] + (options.beta[1] - options.beta[0]) * progress
-                penalty = options.lambda_ * sharpness(logits, beta)
-            if samples is None:
-                found = weight.detach()
-                loss = float(problem.loss(found))
-                slope = problem.gradient(found)
-            else:
-                loss, slope = _sampled(samples, weight.detach(), options.batch_size, generator)
-            slope = slope + 2 * options.fidelity / weight_energy * (weight.detach() - original)
-            if late:
-                torch.autograd.backward([weight, penalty], [slope, None])
-            else:
-                weight.backward(slope)
-        state = replace(
-            factors,
-            codes=chosen_codes(logits.detach()).view(original.shape),
-            codebooks=codebooks.detach(),
-        )
+            for piece in pieces:
+                piece.mapped, piece.codes = AssignCodewords.apply(
+                    piece.logits, codebooks, piece.book, *settings
+                )
+        mapped = torch.cat([piece.mapped.detach() for piece in pieces])
+        weight = (mapped * multiplier).view(original.shape)
+        codes = torch.cat([piece.codes for piece in pieces]).view(original.shape)
+        state = replace(factors, codes=codes, codebooks=codebooks.detach().clone())
+        if samples is None:
+            loss, slope = near.loss_and_gradient(weight)
+        else:
+            loss, slope = _sampled(samples, weight, options.batch_size, generator)
         hard = loss
         if options.forward == "soft" or samples is not None:
-            hard = float(problem.loss(state.weight())) if step % 10 == 0 else float("inf")
+            looked = step % HARD_LOSS_EVERY == 0
+            hard = near.loss_and_gradient(state.weight())[0] if looked else float("inf")
         if hard < least:
-            best, least = replace(state, codebooks=codebooks.detach().clone()), hard
+            best, least = state, hard
         curve.append(loss)
-        for optimizer in optimizers:
-            optimizer.step()
-        if step % 20 == 19:
+        if step % HELD_LOSS_EVERY == HELD_LOSS_EVERY - 1:
             outside = float(held.loss(state.weight()))
             if outside < held_least:
                 held_least, held_step = outside, step
             elif step - held_step >= options.patience:
                 break
-    result = best if options.keep_best else replace(state, codebooks=codebooks.detach().clone())
+        slope += 2 * options.fidelity / weight_energy * (weight - original)
+        slope = slope.reshape(-1) * multiplier
+        late = sharpens and step >= warmup
+        progress = (step - warmup) / max(options.iterations - warmup, 1)
+        beta = options.beta[0] + (options.beta[1] - options.beta[0]) * progress
+        for piece in pieces:
+            outputs, gradients = [piece.mapped], [slope[piece.place]]
+            with torch.enable_grad():
+                if late:
+                    part = len(piece.logits) / len(mapped)
+                    outputs.append(options.lambda_ * part * sharpness(piece.logits, beta))
+                    gradients.append(None)
+                torch.autograd.backward(outputs, gradients)
+            piece.mapped = None
+            if piece.adam is not None:
+                piece.adam.step()
+        codebook_adam.step()
+    result = best if options.keep_best else state
     if options.final_least_squares:
         result = least_squares_scales(damped, least_squares_codebooks(damped, result))
     result = result.rounded()
@@ -329,6 +341,46 @@ def learn_by_gradient(
         if options.final_least_squares:
             result = least_squares_codebooks(damped, result).rounded()
     return result, curve
+
+
+@dataclass
+class _Piece:
+    """A run of weights with their logits, few enough for a step to stay in the cache.
+
+    Attributes:
+        place: of the weights among all.
+        logits: (weights, k), those of one codeword next to each other in memory.
+        book: (weights,) int64 or None.
+        adam: of the logits, None where the codes are fixed.
+        mapped: what the logits choose, with the graph that leads to it.
+        codes: (weights,) int64 codes of the largest logits.
+    """
+
+    place: slice
+    logits: Tensor
+    book: Tensor | None
+    adam: Adam | None
+    mapped: Tensor | None = None
+    codes: Tensor | None = None
+
+
+def _pieces(
+    factors: Factors, original: Tensor, multiplier: Tensor, options: Learn
+) -> list[_Piece]:
+    values = original.reshape(-1) / torch.where(multiplier != 0, multiplier, 1.0)
+    codes = factors.codes.reshape(-1)
+    size = len(values) if values.is_cuda else max(CACHED_LOGITS // factors.codebooks.shape[1], 1)
+    pieces = []
+    for start in range(0, len(values), size):
+        place = slice(start, min(start + size, len(values)))
+        book = None if factors.book is None else factors.book.reshape(-1)[place]
+        logits = initial_logits(values[place], factors.codebooks, book, codes[place])
+        adam = None
+        if options.kind != "codebook":
+            shared = options.second_moment == "shared"
+            adam = Adam(logits.requires_grad_(), options.lr, shared=shared)
+        pieces.append(_Piece(place, logits, book, adam))
+    return pieces
 
 
 def _sampled(

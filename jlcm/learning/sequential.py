@@ -256,13 +256,15 @@ def _collect(
         x, y = x.float(), y.float()
         if target.folded is not None:
             y = target.folded.scale.float()[..., None] * y + target.folded.shift.float()[..., None]
-        for moments, part in ((train, ~outside), (held, outside)):
+        for collected, part in ((train, ~outside), (held, outside)):
             if bool(part.any()):
-                moments.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
+                collected.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
         if sampled:
             step = -(-x.shape[-1] // max(room, 1))
             inputs.append(_joined(x[~outside.to(x.device), ..., ::step]))
             outputs.append(_joined(y[~outside.to(y.device), ..., ::step]))
+    train.check()
+    held.check()
     if not sampled:
         return train, held, None
     scale, shift = target.reference.scale.float(), target.reference.shift.float()
