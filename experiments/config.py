@@ -140,6 +140,7 @@ class Config:
     force: bool = False  # run again although the record exists
     output: str = "table"  # or json: the record alone as the last line of stdout
     results_dir: str = "results"
+    stages_dir: str | None = None  # finished stages, kept for runs that begin alike
 
 
 #: Kinds of data, the one group whose choices differ in their options.
@@ -150,7 +151,9 @@ DATA_SCHEMAS = {
 }
 
 #: What does not change the result of a run, and so is no part of its identity.
-NOT_IDENTITY = ("hydra", "experiment", "compute", "tracking", "force", "output", "results_dir")
+NOT_IDENTITY = (
+    "hydra", "experiment", "compute", "tracking", "force", "output", "results_dir", "stages_dir",
+)  # fmt: skip
 
 
 def register() -> None:

@@ -99,6 +99,7 @@ def compress(
         blocks: then tune block by block; None to leave it out.
         distill: then tune the network end to end; None to leave it out.
         folder: where learning keeps what is finished, so that an interrupted call goes on there.
+            Calls with other options may share it: each finds only what it would compute itself.
         seed: of the clustering and the learning.
         inplace: use up `model` in place of a copy.
         device: where learning runs.

@@ -54,6 +54,11 @@ def record(row, top1, kl):
         "packed": {"samples": 100, "top1": top1, "agreement": top1, "kl": kl},
         "footprint": {"alpha_layers": 7.5, "file_bytes": 1000},
         "seconds": {"compress": 3.0},
+        "learning": [
+            {"name": "layer", "seconds": 4.0, "restored": True},
+            {"name": "other", "seconds": 1.0, "restored": False},
+            {"initial_loss": 1.0},
+        ],
         "peak_rss_bytes": 5,
     }
 
@@ -66,6 +71,7 @@ def test_summary_is_mean_and_standard_deviation():
     assert table.loc["b", "top1"] == 82.0
     assert table.loc["b", "top1_std"] == pytest.approx(math.sqrt(8))
     assert table.loc["b", "kl"] == pytest.approx(0.3)
+    assert table.loc["a", "seconds"] == 7.0  # what it took to learn the restored layer included
     assert math.isnan(table.loc["a", "kl_std"])  # one seed has no spread
 
 

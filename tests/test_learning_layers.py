@@ -244,7 +244,7 @@ def test_interrupted_run_resumes_with_identical_results(tmp_path, monkeypatch):
     monkeypatch.setattr(sequential, "_fit", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         learn(broken, model, x, folder=tmp_path / "broken")
-    assert len(list((tmp_path / "broken").iterdir())) == 2
+    assert len(list((tmp_path / "broken").rglob("*.safetensors"))) == 2
     resumed = pack(model)
     calls[:] = [1] * 10
     results = learn(resumed, model, x, folder=tmp_path / "broken")
@@ -252,12 +252,22 @@ def test_interrupted_run_resumes_with_identical_results(tmp_path, monkeypatch):
     assert same(whole, resumed)
     for a, b in zip(expected, results, strict=True):
         assert (a.name, a.before, a.after, a.kept) == (b.name, b.before, b.after, b.kept)
-    with pytest.raises(ValueError, match="another folder"):
-        learn(pack(model), model, x, with_(rounds=3), folder=tmp_path / "whole")
-    damaged = next((tmp_path / "whole").iterdir())
+    assert [r.restored for r in results[:3]] == [True, True, False]
+    damaged = next((tmp_path / "whole").rglob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(ValueError, match="damaged"):
         learn(pack(model), model, x, folder=tmp_path / "whole")
+
+
+def test_runs_with_other_options_share_a_folder(tmp_path):
+    model, x = network(), images(40, 1)
+    alone, first, other, again = (pack(model) for _ in range(4))
+    learn(alone, model, x, with_(rounds=3))
+    learn(first, model, x, folder=tmp_path)
+    results = learn(other, model, x, with_(rounds=3), folder=tmp_path)
+    assert same(alone, other) and not any(r.restored for r in results)
+    assert all(r.restored for r in learn(again, model, x, folder=tmp_path))
+    assert same(first, again)
 
 
 def test_columns_times_weight_are_the_outputs(monkeypatch):

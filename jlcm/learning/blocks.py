@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -75,6 +75,7 @@ class BlockResult:
         after: the same for what was kept.
         best_epoch: the epoch that was kept, 0 for the state before.
         seconds: that it took.
+        restored: whether it was read from the folder of an earlier run.
         curve: training loss of each epoch.
     """
 
@@ -83,6 +84,7 @@ class BlockResult:
     after: float = float("nan")
     best_epoch: int = 0
     seconds: float = 0.0
+    restored: bool = False
     curve: list[float] = field(default_factory=list)
 
 
@@ -107,14 +109,15 @@ def learn_blocks(
         seed: of the order of the steps.
         device: where both networks run and stay.
         progress: show a progress bar.
-        folder: where each finished block is written, so that an interrupted run goes on from there.
+        folder: where each finished block is written, so that an interrupted run goes on from there,
+            and runs that begin alike share what they have in common.
 
     Returns:
         One result for each block, in forward order.
 
     Raises:
         ValueError: calibration set empty or too small, a network that is not compressed or that
-            torch.fx cannot trace, a loss that is NaN or infinite, or a folder of another run.
+            torch.fx cannot trace, a loss that is NaN or infinite, or damaged files in the folder.
     """
     device = torch.device(device)
     if next(stored_tensors(packed), None) is None:
@@ -140,6 +143,7 @@ def learn_blocks(
     identity = ""
     if folder is not None:
         identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
+        folder = Path(folder) / identity
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = _find_blocks(calibration, options.weights)
     results = []
@@ -147,10 +151,11 @@ def learn_blocks(
     for index, block in enumerate(bar):
         codes = options.lr_codes > 0
         members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
-        path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
+        path = None if folder is None else folder / f"{index:04d}.safetensors"
         if path is not None and path.exists():
             metadata = restore_part(path, _buffers(members), identity)
-            results.append(BlockResult(**json.loads(metadata["result"])))
+            result = BlockResult(**json.loads(metadata["result"]))
+            results.append(replace(result, restored=True))
             continue
         began = time.perf_counter()
         result = _Block(calibration, block, twin, members, options, seed + index).train()

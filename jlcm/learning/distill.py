@@ -149,8 +149,8 @@ def distill(
 
     Raises:
         ValueError: `packed` is not compressed, fewer than two inputs, outputs that are not tensors
-            of equal shape, a non-finite loss, or a folder that holds another run. `packed` is
-            then as it was.
+            of equal shape, a non-finite loss, or a damaged file in the folder. `packed` is then as
+            it was.
     """
     device = torch.device(device)
     inputs = _joined(batches)
@@ -180,11 +180,11 @@ class _Run:
         self.trained, self.held = trained, inputs[held]
         self.targets = outputs_of(reference, self.held, device, "the original network")
         self.initial = _snapshot(packed)
-        self.path = None if folder is None else Path(folder) / CHECKPOINT
-        self.identity = ""
+        self.path, self.identity = None, ""
         if folder is not None:
             store = dict(stored_tensors(packed))
             self.identity = stage_identity(f"{options!r} {seed}", store, [inputs])
+            self.path = Path(folder) / self.identity / CHECKPOINT
         self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
         self.optimizer = optimizer_of(
             self._members(),

@@ -364,9 +364,7 @@ class _Piece:
     codes: Tensor | None = None
 
 
-def _pieces(
-    factors: Factors, original: Tensor, multiplier: Tensor, options: Learn
-) -> list[_Piece]:
+def _pieces(factors: Factors, original: Tensor, multiplier: Tensor, options: Learn) -> list[_Piece]:
     values = original.reshape(-1) / torch.where(multiplier != 0, multiplier, 1.0)
     codes = factors.codes.reshape(-1)
     size = len(values) if values.is_cuda else max(CACHED_LOGITS // factors.codebooks.shape[1], 1)

@@ -62,7 +62,7 @@ def read_part(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tens
             if metadata.get("run") != identity:
                 raise ValueError(
                     f"{path} belongs to a run with other options, weights or calibration inputs: "
-                    "choose another folder or remove it"
+                    "remove it"
                 )
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -47,6 +47,7 @@ class LayerResult:
         after: the same for what was kept.
         kept: initialisation, statistics (only norm or bias changed) or learned.
         seconds: that it took.
+        restored: whether it was read from the folder of an earlier run.
         note: why a layer was left as it was; empty otherwise.
         curve: training loss in the course of learning.
     """
@@ -56,6 +57,7 @@ class LayerResult:
     after: float = float("nan")
     kept: str = "initialisation"
     seconds: float = 0.0
+    restored: bool = False
     note: str = ""
     curve: list[float] = field(default_factory=list)
 
@@ -82,14 +84,15 @@ def learn_layers(
         seed: of the sampling.
         device: where both networks run and stay.
         progress: show a progress bar.
-        folder: where each finished layer is written, so that an interrupted run goes on from there.
+        folder: where each finished layer is written, so that an interrupted run goes on from there,
+            and runs that begin alike share what they have in common.
 
     Returns:
         One result for each packed weight, in forward order.
 
     Raises:
         ValueError: calibration set empty or too small, NaN or infinite activations, a network that
-            is not compressed or does not match its reference, or a folder of another run.
+            is not compressed or does not match its reference, or damaged files in the folder.
     """
     options, device = options or Learn(), torch.device(device)
     _check(packed, reference)
@@ -113,15 +116,17 @@ def learn_layers(
     identity = ""
     if folder is not None:
         identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
+        folder = Path(folder) / identity
     results, modules = [], dict(reference.named_modules())
     bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
     for index, layer in enumerate(bar):
         target = target_of(layer, store, modules, device)
-        path = None if folder is None else Path(folder) / f"{index:04d}.safetensors"
+        path = None if folder is None else folder / f"{index:04d}.safetensors"
         if path is not None and path.exists():
             metadata = restore_part(path, stored_parts(target), identity)
             target.weight.relative_error = float(metadata["relative_error"])
-            results.append(LayerResult(**json.loads(metadata["result"])))
+            result = LayerResult(**json.loads(metadata["result"]))
+            results.append(replace(result, restored=True))
             continue
         began = time.perf_counter()
         result = _learn_layer(calibration, index, target, options, seed)
