@@ -134,16 +134,16 @@ def plan(options: argparse.Namespace) -> Job:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=options.output.parent).close()
     model = ModelConfig(source=options.source, name=options.name)
-    models._check_name(model)
-    own = models._own_preprocessing(model)
+    models.check_name(model)
+    own = models.own_preprocessing(model)
     size = _image_size(model, own.crop, options.image_size)
     classes = _class_names(options.data, "train")
     train = folder_samples(options.data, "train", classes=len(classes))
     val = folder_samples(options.data, "val", classes=len(classes))
     if _class_names(options.data, "val") != classes or len(classes) < 2:
         raise ValueError(f"{options.data}: train/ and val/ need the same two or more class folders")
-    architecture = models._architecture(model, classes=len(classes), image_size=None)
-    module = models._build(architecture, "meta")
+    architecture = models.architecture_of(model, classes=len(classes), image_size=None)
+    module = models.build_network(architecture, "meta")
     chosen = digits.choose_recipe(module)
     recipe = replace(
         chosen,
@@ -158,7 +158,7 @@ def plan(options: argparse.Namespace) -> Job:
     job = Job(
         options=options,
         architecture=architecture,
-        preprocessing=models._overridden(own, ImageFolderConfig(root=options.data, crop=size)),
+        preprocessing=models.overridden(own, ImageFolderConfig(root=options.data, crop=size)),
         recipe=recipe,
         train=train,
         val=val,
@@ -173,7 +173,7 @@ def plan(options: argparse.Namespace) -> Job:
 def _image_size(model: ModelConfig, own: int, asked: int | None) -> int:
     """Choose the size, which run.py leaves as it is for networks with position embeddings."""
     try:
-        models._check_input_size(model, asked or _IMAGE_SIZE)
+        models.check_input_size(model, asked or _IMAGE_SIZE)
     except ValueError:
         if asked is not None:
             raise ValueError(f"{model.name} takes only --image-size {own}, not {asked}") from None
@@ -218,14 +218,14 @@ def train(job: Job, device: torch.device) -> float:
         ValueError: the network cannot take the image size, or an image cannot be read.
     """
     torch.manual_seed(job.options.seed)
-    module = models._build(job.architecture, "cpu").train()
+    module = models.build_network(job.architecture, "cpu").train()
     _try_network(module, job.preprocessing.crop)
     # Outputs of convolutions follow the filters, so the images need no other layout.
-    cnn = digits._has_batch_norm(module)
+    cnn = digits.has_batch_norm(module)
     layout = torch.channels_last if cnn else torch.contiguous_format
     module = module.to(device, memory_format=layout)
-    optimizer = torch.optim.AdamW(digits._parameter_groups(module, job.recipe))
-    half = _half_precision_pays(module, device, job.preprocessing.crop)
+    optimizer = torch.optim.AdamW(digits.parameter_groups(module, job.recipe))
+    half = digits.half_precision_pays(module, device, job.preprocessing.crop)
     done, epochs = _resume(job, module, optimizer), job.recipe.epochs
     steps = len(job.train) // job.recipe.batch_size
     with tqdm(total=epochs * steps, initial=done * steps, disable=None) as bar:
@@ -289,7 +289,7 @@ def _train_epoch(job, module, optimizer, epoch, half, bar) -> float:
                 f"the training diverged in epoch {epoch + 1} (gradient norm {norm.item()}): "
                 f"use a smaller --rate (now {recipe.rate:g}) and another --output"
             )
-        factor = digits._one_cycle(step, recipe.epochs * len(loader), recipe.warm_up)
+        factor = digits.one_cycle(step, recipe.epochs * len(loader), recipe.warm_up)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * factor
         optimizer.step()
@@ -353,22 +353,6 @@ def _rounded(tensor: Tensor) -> Tensor:
     """Round to float16, except counters and values beyond its range."""
     half = tensor.half()
     return half if tensor.is_floating_point() and half.isfinite().all() else tensor
-
-
-def _half_precision_pays(module: nn.Module, device: torch.device, size: int) -> bool:
-    """Tell whether to multiply in bfloat16: where the machine can, but not depthwise on a CPU.
-
-    Measured with AVX-512 BF16 at 128 pixels: ResNet-18's and -50's steps take 0.6 times as long,
-    MobileNetV2's as long, EfficientNet-B0's 1.6 times as long. Small images are left alone, since
-    oneDNN's bfloat16 gradients of filters on 1 x 1 images were not always finite (torch 2.13).
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if not digits._has_batch_norm(module):
-        return digits._half_precision_pays(module, device)
-    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-    depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
-    return size >= 64 and not depthwise and digits._cpu_multiplies_bfloat16()
 
 
 if __name__ == "__main__":

@@ -58,28 +58,28 @@ def load_network(
         ValueError: an unknown name, or weights that do not fit.
     """
     declare_missing_operators()
-    _check_name(model)
+    check_name(model)
     if isinstance(data, DigitsConfig):
         preprocessing = digits_preprocessing(data.image_size)
-        architecture = _architecture(model, classes=CLASSES, image_size=data.image_size)
+        architecture = architecture_of(model, classes=CLASSES, image_size=data.image_size)
     else:
-        preprocessing = _overridden(_own_preprocessing(model), data)
-        _check_input_size(model, preprocessing.crop)
-        architecture = _architecture(model, classes=_pretrained_classes(model), image_size=None)
+        preprocessing = overridden(own_preprocessing(model), data)
+        check_input_size(model, preprocessing.crop)
+        architecture = architecture_of(model, classes=_pretrained_classes(model), image_size=None)
     if model.weights is not None:
         state = read_weights(model.weights)
-        classes = count_classes(_build(architecture, "meta"), state, path=model.weights)
+        classes = count_classes(build_network(architecture, "meta"), state, path=model.weights)
         architecture = Architecture(
             builder=architecture.builder,
             arguments={**architecture.arguments, "num_classes": classes},
         )
-        module = _build(architecture, "cpu")
+        module = build_network(architecture, "cpu")
         load_weights(module, state, path=model.weights)
     elif isinstance(data, DigitsConfig):
-        _build(architecture, "meta")  # an image size that does not fit fails here
+        build_network(architecture, "meta")  # an image size that does not fit fails here
         module = trained_on_digits(architecture, data, seed=seed, device=device)
     else:
-        module = _build(architecture, "cpu")
+        module = build_network(architecture, "cpu")
         module.load_state_dict(_pretrained_state(model, module))
     return Network(
         module=module.float().eval().requires_grad_(False),
@@ -89,7 +89,7 @@ def load_network(
     )
 
 
-def _check_name(model: ModelConfig) -> None:
+def check_name(model: ModelConfig) -> None:
     """Refuse unknown sources and names, with what was probably meant."""
     match model.source:
         case "torchvision":
@@ -115,7 +115,7 @@ def _check_name(model: ModelConfig) -> None:
         )
 
 
-def _architecture(model: ModelConfig, *, classes: int, image_size: int | None) -> Architecture:
+def architecture_of(model: ModelConfig, *, classes: int, image_size: int | None) -> Architecture:
     """Describe how to build the network.
 
     Args:
@@ -135,7 +135,7 @@ def _architecture(model: ModelConfig, *, classes: int, image_size: int | None) -
     return Architecture(builder="timm:create_model", arguments=arguments)
 
 
-def _build(architecture: Architecture, device: str) -> nn.Module:
+def build_network(architecture: Architecture, device: str) -> nn.Module:
     """Build the network and explain sizes that it cannot take."""
     try:
         return architecture.build(device)
@@ -159,7 +159,7 @@ def _timm_settings(model: ModelConfig):  # noqa: ANN202
     return timm.get_pretrained_cfg(_timm_name(model)) or PretrainedCfg()
 
 
-def _own_preprocessing(model: ModelConfig) -> Preprocessing:
+def own_preprocessing(model: ModelConfig) -> Preprocessing:
     """Look up what belongs to the pretrained weights."""
     if model.source == "torchvision":
         from torchvision.models import get_model_weights
@@ -189,7 +189,7 @@ def _own_preprocessing(model: ModelConfig) -> Preprocessing:
     )
 
 
-def _overridden(own: Preprocessing, data: DataConfig) -> Preprocessing:
+def overridden(own: Preprocessing, data: DataConfig) -> Preprocessing:
     """Apply `data.crop` and `data.resize`; a crop alone keeps the ratio of the two."""
     if not isinstance(data, ImageConfig):
         raise TypeError(f"no preprocessing for {type(data).__name__}")
@@ -200,12 +200,12 @@ def _overridden(own: Preprocessing, data: DataConfig) -> Preprocessing:
     )
 
 
-def _check_input_size(model: ModelConfig, crop: int) -> None:
+def check_input_size(model: ModelConfig, crop: int) -> None:
     """Refuse other sizes where the pretrained position embeddings fix the size."""
     if model.source == "torchvision":
         fixed, size = model.name.startswith("vit_"), None
         if fixed:
-            size = _own_preprocessing(model).crop
+            size = own_preprocessing(model).crop
     else:
         settings = _timm_settings(model)
         fixed, size = settings.fixed_input_size, settings.input_size[-1]
