@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jlcm.learning.objective import Moments, quadratic
+from jlcm.learning.objective import Deviation, Moments, quadratic
 from jlcm.learning.solver import (
     Factors,
     _feedback_factor,
@@ -182,12 +182,58 @@ def test_solve_improves_every_layout(layout, row_scale):
     problem = problem.damped(w, 0.01)
     factors = replace(factors_of((3, 6, 12), **layout), row_scale=None)
     nearest = replace(factors, codes=nearest_codes(factors, w / factors.multiplier()))
-    started = start(problem, nearest, row_scale=row_scale)
+    started = start(problem, problem.minimiser(), nearest, row_scale=row_scale)
     solved, curve = improve(problem, started, rounds=2, sweeps=2)
     assert min(curve) <= problem.loss(started.weight())
     assert problem.loss(solved.weight()) < problem.loss(nearest.weight())
     assert (solved.codebooks.diff(dim=1) >= 0).all()
     assert torch.equal(solved.codebooks.half().float(), solved.codebooks)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_corrected_target_is_between_the_outputs_of_both_networks(part):
+    groups, rows, n = 2, 4, 6
+    torch.manual_seed(0)
+    x, w = torch.randn(groups, n, 80), torch.randn(groups, rows, n)
+    y = w @ (x + 0.3 * torch.randn_like(x))
+    zeros = Moments.zeros(groups, rows, n, torch.device("cpu"))
+    expected = Moments.zeros(groups, rows, n, torch.device("cpu"))
+    zeros.add(x, y)
+    expected.add(x, part * y + (1 - part) * (w @ x))
+    found = quadratic(zeros, centred=True).corrected(w, part)
+    expected = quadratic(expected, centred=True)
+    for name in ("gram", "cross", "energy"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-4
+        )
+    # The minimiser moves in proportion, whatever the ridge.
+    full = quadratic(zeros, centred=True).damped(w, 0.2).minimiser()
+    goal = found.damped(w, 0.2).minimiser()
+    torch.testing.assert_close(goal, torch.lerp(w, full, part), atol=1e-4, rtol=1e-4)
+
+
+def test_line_minimum_is_the_least_loss_between_two_weights():
+    problem, _, _, w = problem_of(3, n=8)
+    best = problem.minimiser()
+    assert problem.line_minimum(w, best) == pytest.approx(1.0, abs=1e-3)
+    assert problem.line_minimum(w, w + 2 * (best - w)) == pytest.approx(0.5, abs=1e-3)
+    assert problem.line_minimum(best, w) == pytest.approx(0.0, abs=1e-3)
+    assert problem.line_minimum(w, w) == 1.0
+    other = w + torch.randn_like(w)
+    part = problem.line_minimum(w, other)
+    steps = torch.linspace(0, 1, 101)
+    losses = torch.stack([problem.loss(torch.lerp(w, other, p)) for p in steps])
+    assert float(steps[losses.argmin()]) == pytest.approx(part, abs=0.011)
+
+
+def test_deviation_agrees_with_the_quadratic_form():
+    problem, _, _, w = problem_of(3, n=8)
+    near = Deviation(problem, w)
+    for weight in (w, w + 0.1 * torch.randn_like(w)):
+        loss, slope = near.loss_and_gradient(weight)
+        assert loss == pytest.approx(float(problem.loss(weight)), rel=0.01, abs=1e-5)
+        expected = problem.gradient(weight)
+        assert float((slope - expected).norm()) <= 0.01 * float(expected.norm())
 
 
 def test_feedback_factor_is_the_upper_root_of_the_inverse():
@@ -205,7 +251,7 @@ def test_dead_inputs_and_zero_scales_give_no_nan():
     damped = dead.damped(w, 0.01)
     factors = replace(factors_of((2, 6, 6), scales=4), scales=torch.tensor([1.0, 0.0, 0.5, 0.0]))
     for row_scale in (False, True):
-        started = start(damped, factors, row_scale=row_scale)
+        started = start(damped, damped.minimiser(), factors, row_scale=row_scale)
         solved, _ = improve(damped, started, rounds=2, sweeps=1)
         assert solved.weight().isfinite().all()
 

@@ -121,6 +121,19 @@ class Quadratic:
         scale = 2 * self.weights / self.total_energy()
         return scale[..., None] * (weight @ self.gram - self.cross)
 
+    def corrected(self, original: Tensor, part: float) -> "Quadratic":
+        """Aim at part * Y + (1 - part) * W X~ in place of Y.
+
+        The difference of Y = W X from W X~ is what earlier layers have done wrong. A layer can make
+        up for it (GPTAQ, Li et al., 2025), but all of it only on the inputs that it is fitted to.
+        """
+        own = original @ self.gram
+        cross = part * self.cross + (1 - part) * own
+        # Of p Y + q W X~ with q = 1 - p: p^2 Y^2 + q W X~ (p Y + (p Y + q W X~)).
+        energy = part**2 * self.energy
+        energy = energy + (1 - part) * (original * (part * self.cross + cross)).sum(-1)
+        return replace(self, cross=cross, energy=energy)
+
     def damped(self, original: Tensor, damping: float) -> "Quadratic":
         """Add a ridge towards the original weight: damping * mean diagonal * ||W~ - W||^2.
 
@@ -133,6 +146,13 @@ class Quadratic:
         cross = self.cross + ridge[:, None, None] * original
         energy = self.energy + ridge[:, None] * original.square().sum(-1)
         return replace(self, gram=gram, cross=cross, energy=energy)
+
+    def line_minimum(self, start: Tensor, end: Tensor) -> float:
+        """Part of the way from one weight to another, from 0 to 1, where the loss is least."""
+        way = end - start
+        slope = (self.weights * ((start @ self.gram - self.cross) * way).sum(-1)).sum()
+        bend = (self.weights * ((way @ self.gram) * way).sum(-1)).sum()
+        return min(max(float(-slope / bend), 0.0), 1.0) if bend > 0 else 1.0
 
     def minimiser(self) -> Tensor:
         """(groups, rows, n) least-squares weight; the Gram matrix must be invertible."""

@@ -33,6 +33,9 @@ class Learn:
         damping: ridges of the solver towards the original weight, relative to the mean diagonal of
             the Gram matrix (GPTQ's is 0.01). Where inputs are few for the neurons' length, the
             held-out ones choose; else the first is taken.
+        correction: part of the earlier layers' error that a layer's target makes up for: 1 aims at
+            the reference's output (Eq. 5), 0 at what the reference's weight makes of the inputs
+            given; None lets the held-out inputs choose. lnq or start=least_squares only.
         rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
         sweeps: coordinate-descent sweeps over all codes in a round.
         polish: sweeps after the gradient kinds.
@@ -66,6 +69,7 @@ class Learn:
     statistics: str = "moments"
     activation: bool = False
     damping: tuple[float, ...] = (0.1, 0.3, 1.0)
+    correction: float | None = None
     rounds: int = 2
     sweeps: int = 2
     polish: int = 3
@@ -110,6 +114,8 @@ class Learn:
                 raise Invalid(f"{name}={getattr(self, name)} must be at least 1")
         if not self.damping or min(self.damping) < 0:
             raise Invalid(f"damping={self.damping} must be one or more ridges, none negative")
+        if self.correction is not None and not 0 <= self.correction <= 1:
+            raise Invalid(f"correction={self.correction} must lie between 0 and 1, or be None")
         if not 0 < self.held_out <= 0.5:
             raise Invalid(f"held_out={self.held_out} must lie between 0 and 0.5")
         if not 0 <= self.warmup < 1:

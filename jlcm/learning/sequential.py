@@ -190,11 +190,11 @@ def _fit(
     # Where a shift follows, it takes up the mean of the output afterwards.
     centred = target.shift is not None and options.statistics != "none"
     weights = target.reference.scale.square()
-    problem = quadratic(train, centred=centred, weights=weights)
+    problem, outside = (quadratic(m, centred=centred, weights=weights) for m in (train, held))
     curve: list[float] = []
     damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq" or options.start == "least_squares":
-        damped, factors = _best_start(train, held, factors, target, problem, options)
+        damped, factors = _best_start(train, held, factors, target, problem, outside, options)
         factors, curve = improve(damped, factors, rounds=options.rounds, sweeps=options.sweeps)
     if options.kind == "lnq":
         return factors, curve
@@ -209,12 +209,11 @@ def _fit(
             shift=affine.shift.float(),
             activation=target.activation,
         )
-    held_problem = quadratic(held, centred=centred, weights=weights)
     factors, steps = learn_by_gradient(
         problem,
         factors,
         target.original,
-        held=held_problem,
+        held=outside,
         damped=damped,
         samples=samples,
         options=options,
@@ -229,15 +228,26 @@ def _best_start(
     given: Factors,
     target: Target,
     problem: Quadratic,
+    outside: Quadratic,
     options: Learn,
 ) -> tuple[Quadratic, Factors]:
-    """The ridge whose rounding serves the held-out inputs best; the first one if inputs abound."""
+    """The ridge whose rounding serves the held-out inputs best; the first one if inputs abound.
+
+    The held-out inputs also tell how far the target may depart from the original weight to make up
+    for the errors of earlier layers.
+    """
     row_scale = options.row_scale and target.scale is not None
     abundant = train.count >= ABUNDANT * target.original.shape[-1]
     least, best = float("inf"), None
     for damping in options.damping[:1] if abundant else options.damping:
         damped = problem.damped(target.original, damping)
-        factors = start(damped, given, row_scale=row_scale)
+        goal, part = damped.minimiser(), options.correction
+        if part is None:
+            part = outside.line_minimum(target.original, goal)
+        # The minimiser moves with the target, in proportion.
+        goal = torch.lerp(target.original, goal, part)
+        damped = problem.corrected(target.original, part).damped(target.original, damping)
+        factors = start(damped, goal, given, row_scale=row_scale)
         affine = refit(train, factors, target, options)
         weight = replace(factors, row_scale=None).weight()
         error = output_error(held, weight, affine, target.reference)

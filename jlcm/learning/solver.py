@@ -367,15 +367,15 @@ def _group_rms(values: Tensor, index: Tensor, groups: int) -> Tensor:
     return torch.where(rms > 0, rms, 1.0)
 
 
-def start(problem: Quadratic, factors: Factors, *, row_scale: bool) -> Factors:
+def start(problem: Quadratic, target: Tensor, factors: Factors, *, row_scale: bool) -> Factors:
     """Codes by rounding with error feedback.
 
     Args:
         problem: with an invertible Gram matrix (`Quadratic.damped`).
+        target: (groups, rows, n) minimiser of the problem.
         factors: codebooks and scales to use; with `row_scale` only their layout counts.
         row_scale: cluster anew with a scale for each row.
     """
-    target = problem.minimiser()
     if row_scale:
         factors = cluster_rows(problem, target, factors)
     return feedback_rounding(problem, target, factors)
