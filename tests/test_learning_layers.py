@@ -169,6 +169,22 @@ def test_reported_losses_are_those_of_the_network():
     assert learned.after == pytest.approx(float(direct), rel=1e-3)
 
 
+def test_to_make_up_for_all_earlier_errors_overfits_few_inputs():
+    error_of = {0.0: [], None: [], 1.0: []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)
+        model = nn.Sequential(*layers).eval().requires_grad_(False)
+        few, new = torch.randn(80, 64), torch.randn(1000, 64)
+        for part, errors in error_of.items():
+            packed = pack(model, alpha=7.5)
+            learn(packed, model, few, with_(correction=part))
+            errors.append(error(packed, model, new))
+    means = {part: sum(errors) / len(errors) for part, errors in error_of.items()}
+    assert means[None] < means[1.0]
+    assert means[None] < 1.02 * means[0.0]
+
+
 def test_held_out_inputs_choose_the_damping():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32)).eval().requires_grad_(False)

@@ -35,7 +35,8 @@ class Learn:
             held-out ones choose; else the first is taken.
         correction: part of the earlier layers' error that a layer's target makes up for: 1 aims at
             the reference's output (Eq. 5), 0 at what the reference's weight makes of the inputs
-            given; None lets the held-out inputs choose. lnq or start=least_squares only.
+            given; None lets the held-out inputs choose, up to a half. lnq or start=least_squares
+            only.
         rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
         sweeps: coordinate-descent sweeps over all codes in a round.
         polish: sweeps after the gradient kinds.

@@ -33,6 +33,9 @@ from jlcm.learning.resume import restore_part, save_part, stage_identity
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
 
+#: Part of what held-out inputs call the best correction of earlier errors that is made: they judge
+#: one layer, and what it corrects adds up over the layers.
+RESTRAINT = 0.5
 #: Sampled positions for each input of a neuron from which on the ridge hardly matters.
 ABUNDANT = 16
 
@@ -243,7 +246,7 @@ def _best_start(
         damped = problem.damped(target.original, damping)
         goal, part = damped.minimiser(), options.correction
         if part is None:
-            part = outside.line_minimum(target.original, goal)
+            part = RESTRAINT * outside.line_minimum(target.original, goal)
         # The minimiser moves with the target, in proportion.
         goal = torch.lerp(target.original, goal, part)
         damped = problem.corrected(target.original, part).damped(target.original, damping)
