@@ -13,7 +13,7 @@ from jlcm.config import Encoding, Invalid
 from jlcm.layers import HalfTensor, stored_tensors
 from jlcm.learning import distill as module
 from jlcm.learning.distill import Distill, distill
-from jlcm.learning.forward import DepthwiseGradients, augment
+from jlcm.learning.forward import DepthwiseGradients, augment, mirror
 from jlcm.learning.trainable import TrainableWeight, trainable_copy
 from jlcm.packed import PackedWeight, group_sizes
 
@@ -249,6 +249,17 @@ def test_zero_epochs_change_nothing():
     assert same(before, state(packed))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_outputs_kept_from_epoch_to_epoch_are_those_of_the_same_inputs(flip, monkeypatch):
+    reference = network()
+    kept, again = compressed(reference), compressed(reference)
+    run(kept, reference, flip=flip)
+    monkeypatch.setattr(module, "MOST_KEPT", 0)
+    run(again, reference, flip=flip)
+    for name, tensor in state(kept).items():
+        torch.testing.assert_close(tensor, state(again)[name], rtol=1e-2, atol=1e-4)
+
+
 def test_reference_is_left_alone_and_seeds_decide():
     reference = network()
     kept = copy.deepcopy(reference.state_dict())
@@ -283,9 +294,9 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch):
 
     def counted(*args, **options):
         epochs.append(1)
-        return augment(*args, **options)
+        return mirror(*args, **options)
 
-    monkeypatch.setattr(module, "augment", counted)
+    monkeypatch.setattr(module, "mirror", counted)
     assert run(packed, reference, lr_codes=0.02, folder=tmp_path / "cut") == expected
     assert same(state(whole), state(packed))
     assert len(epochs) == 2 * 3  # two epochs of 48 inputs by 16
@@ -333,7 +344,7 @@ def test_nan_in_training_is_an_error_and_restores_the_network(monkeypatch):
     before = state(packed)
     monkeypatch.setattr(module, "augment", lambda x, *_, **__: x * float("nan"))
     with pytest.raises(ValueError, match="NaN or Inf in epoch 1"):
-        run(packed, reference)
+        run(packed, reference, zoom=0.5)
     assert same(before, state(packed))
 
 

@@ -26,6 +26,7 @@ from jlcm.learning.forward import (
     augment,
     divergence,
     logits_of,
+    mirror,
     outputs_of,
     precision,
     to_device,
@@ -36,6 +37,8 @@ from jlcm.packed import PackedWeight
 from jlcm.packing import unpack
 
 CHECKPOINT = "distill.safetensors"
+#: Outputs of the original that are kept from epoch to epoch, if no more numbers than these.
+MOST_KEPT = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,7 @@ class _Run:
         self.options, self.seed, self.device = options, seed, device
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
-        self.targets = outputs_of(reference, self.held, device, "the original network")
+        self.targets, self.known = self._outputs(self.held), None
         self.initial = _snapshot(packed)
         self.path, self.identity = None, ""
         if folder is not None:
@@ -247,18 +250,8 @@ class _Run:
         batches = order.tensor_split(-(-len(order) // options.batch_size))
         total = 0.0
         for step, batch in enumerate(batches):
-            x = augment(
-                self.inputs[batch],
-                generator,
-                flip=options.flip,
-                crop=options.crop,
-                zoom=options.zoom,
-                mix=options.mix,
-            )
-            x = to_device(x, self.device)
+            x, target = self._example(batch, generator)
             with precision(options.precision, self.device):
-                with torch.no_grad():
-                    target = logits_of(self.reference(x), "the original network")
                 output = logits_of(self.twin(x), "the compressed network")
             loss = divergence(output, target, options.temperature)
             self.optimizer.zero_grad()
@@ -271,6 +264,31 @@ class _Run:
                 trainable.project()
             total += loss.item() * len(batch)
         return total / len(order)
+
+    @torch.no_grad()
+    def _example(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs of a step and the original's outputs for them."""
+        options, x = self.options, self.inputs[batch]
+        varied = options.crop is not None or options.zoom < 1 or options.mix
+        if varied or 2 * len(self.inputs) * self.targets[0].numel() > MOST_KEPT:
+            names = "flip", "crop", "zoom", "mix"
+            x = augment(x, generator, **{name: getattr(options, name) for name in names})
+            x = to_device(x, self.device)
+            with precision(options.precision, self.device):
+                return x, logits_of(self.reference(x), "the original network")
+        flip = options.flip and x.dim() == 4 and x.is_floating_point()
+        if self.known is None:  # the same inputs in each epoch: the original sees them once
+            variants = [self.inputs, self.inputs.flip(-1)] if flip else [self.inputs]
+            with precision(options.precision, self.device):
+                outputs = [self._outputs(variant) for variant in variants]
+            self.known = torch.stack(outputs)
+        mirrored = torch.zeros(len(x), dtype=torch.bool)
+        if flip:
+            x, mirrored = mirror(x, generator)
+        return to_device(x, self.device), self.known[mirrored.long(), batch]
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        return outputs_of(self.reference, inputs, self.device, "the original network")
 
     def _check_finite(self, loss: Tensor) -> None:
         gradients = [p.grad for p in self.twin.parameters() if p.grad is not None]
