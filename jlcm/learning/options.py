@@ -31,8 +31,8 @@ class Learn:
             objective is then sampled; otherwise it is a quadratic form of Gram matrices and exact.
             Gradient kinds only.
         damping: ridges of the solver towards the original weight, relative to the mean diagonal of
-            the Gram matrix (GPTQ's is 0.01). Where inputs are few for the neurons' length, the
-            held-out ones choose; else the first is taken.
+            the Gram matrix (GPTQ's is 0.01). They are tried in rising order as long as the held-out
+            inputs are served better.
         correction: part of the earlier layers' error that a layer's target makes up for: 1 aims at
             the reference's output (Eq. 5), 0 at what the reference's weight makes of the inputs
             given; None lets the held-out inputs choose, up to a half. lnq or start=least_squares
@@ -69,7 +69,7 @@ class Learn:
     row_scale: bool = True
     statistics: str = "moments"
     activation: bool = False
-    damping: tuple[float, ...] = (0.1, 0.3, 1.0)
+    damping: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     correction: float | None = None
     rounds: int = 2
     sweeps: int = 2

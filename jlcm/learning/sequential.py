@@ -36,8 +36,6 @@ from jlcm.packed import PackedWeight
 #: Part of what held-out inputs call the best correction of earlier errors that is made: they judge
 #: one layer, and what it corrects adds up over the layers.
 RESTRAINT = 0.5
-#: Sampled positions for each input of a neuron from which on the ridge hardly matters.
-ABUNDANT = 16
 
 
 @dataclass(kw_only=True)
@@ -234,15 +232,14 @@ def _best_start(
     outside: Quadratic,
     options: Learn,
 ) -> tuple[Quadratic, Factors]:
-    """The ridge whose rounding serves the held-out inputs best; the first one if inputs abound.
+    """The ridge whose rounding serves the held-out inputs best, from the least one upwards.
 
     The held-out inputs also tell how far the target may depart from the original weight to make up
     for the errors of earlier layers.
     """
     row_scale = options.row_scale and target.scale is not None
-    abundant = train.count >= ABUNDANT * target.original.shape[-1]
     least, best = float("inf"), None
-    for damping in options.damping[:1] if abundant else options.damping:
+    for damping in sorted(options.damping):
         damped = problem.damped(target.original, damping)
         goal, part = damped.minimiser(), options.correction
         if part is None:
@@ -254,8 +251,9 @@ def _best_start(
         affine = refit(train, factors, target, options)
         weight = replace(factors, row_scale=None).weight()
         error = output_error(held, weight, affine, target.reference)
-        if best is None or error < least:
-            least, best = error, (damped, factors)
+        if best is not None and error >= least:
+            break
+        least, best = error, (damped, factors)
     return best
 
 
