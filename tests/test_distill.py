@@ -18,7 +18,7 @@ from jlcm.learning.trainable import TrainableWeight, trainable_copy
 from jlcm.packed import PackedWeight, group_sizes
 
 torch.set_num_threads(1)
-FAST = {"epochs": 3, "batch_size": 16, "lr": 1e-2, "lr_vectors": 1e-2, "holdout": 0.25}
+FAST = {"zoom": 1.0, "epochs": 3, "batch_size": 16, "lr": 1e-2, "lr_vectors": 1e-2, "holdout": 0.25}
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -73,7 +73,7 @@ class Distill:
     temperature: float = 1.0
     flip: bool = True
     crop: int | None = None
-    zoom: float = 1.0
+    zoom: float = 0.5
     mix: bool = False
     holdout: float = 0.1
     precision: str = "auto"

@@ -195,7 +195,9 @@ def _fit(
     curve: list[float] = []
     damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq" or options.start == "least_squares":
-        damped, factors = _best_start(train, held, factors, target, problem, outside, options)
+        problem, damped, factors = _best_start(
+            train, held, factors, target, problem, outside, options
+        )
         factors, curve = improve(damped, factors, rounds=options.rounds, sweeps=options.sweeps)
     if options.kind == "lnq":
         return factors, curve
@@ -231,11 +233,12 @@ def _best_start(
     problem: Quadratic,
     outside: Quadratic,
     options: Learn,
-) -> tuple[Quadratic, Factors]:
-    """The ridge whose rounding serves the held-out inputs best, from the least one upwards.
+) -> tuple[Quadratic, Quadratic, Factors]:
+    """The objective to aim at, the same with a ridge, and codes rounded by it.
 
-    The held-out inputs also tell how far the target may depart from the original weight to make up
-    for the errors of earlier layers.
+    The held-out inputs tell how far the target may depart from the original weight to make up for
+    the errors of earlier layers, and which ridge's rounding serves them best, from the least ridge
+    upwards.
     """
     row_scale = options.row_scale and target.scale is not None
     least, best = float("inf"), None
@@ -246,14 +249,15 @@ def _best_start(
             part = RESTRAINT * outside.line_minimum(target.original, goal)
         # The minimiser moves with the target, in proportion.
         goal = torch.lerp(target.original, goal, part)
-        damped = problem.corrected(target.original, part).damped(target.original, damping)
+        aim = problem.corrected(target.original, part)
+        damped = aim.damped(target.original, damping)
         factors = start(damped, goal, given, row_scale=row_scale)
         affine = refit(train, factors, target, options)
         weight = replace(factors, row_scale=None).weight()
         error = output_error(held, weight, affine, target.reference)
-        if best is not None and error >= least:
+        if best is not None and not error < least:
             break
-        least, best = error, (damped, factors)
+        least, best = error, (aim, damped, factors)
     return best
 
 
