@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
+from experiments.config import register, run_id
+from experiments.records import read_record
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 #: Eq. 5 to 9 by themselves: nothing re-estimated around them, no discrete solver afterwards.
 _PLAIN = {"statistics": "none", "polish": "0", "final_least_squares": "false"}
 #: Fewer and larger steps than the default: on ResNet-18 (digits, alpha 7.5) 60 such steps left the
@@ -36,6 +41,9 @@ ROWS: dict[str, list[str]] = {
     "none": ["learn=none"],
     "codebook": _gradient("codebook", **_PLAIN),
     "joint": _gradient("joint", **_PLAIN),
+    "joint, soft forward, moment per element": _gradient(
+        "joint", **_PLAIN, forward="soft", second_moment="per_element"
+    ),
     "proximal": _gradient("proximal", **_PLAIN),
     "proximal, printed sign": _gradient("proximal", **_PLAIN, sign="printed"),
     "proximal, raw distance": _gradient("proximal", **_PLAIN, distance="raw"),
@@ -97,6 +105,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV")
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     parser.add_argument("--overrides", nargs="*", default=[], help="for all runs")
+    parser.add_argument(
+        "--finished", action="store_true", help="run nothing, leave out what is missing"
+    )
     arguments = parser.parse_args()
     base = network_overrides(arguments.network) + arguments.overrides
     cells = [
@@ -109,12 +120,17 @@ def main() -> None:
     for row, alpha, seed in (bar := tqdm(cells, desc=arguments.network, unit="run")):
         bar.set_postfix_str(f"{row}, alpha {alpha:g}, seed {seed}")
         overrides = [*base, *ROWS[row], f"alpha={alpha:g}", f"seed={seed}"]
-        record = run(overrides, arguments.results_dir)
+        record = finished(overrides, arguments.results_dir)
+        if record is None and arguments.finished:
+            continue
+        record = record or run(overrides, arguments.results_dir)
         records.append({"network": arguments.network, "row": row, "alpha": alpha, **record})
         table = summarise(records)
         if arguments.output is not None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(arguments.output, index=False, float_format="%.6g")
+    if not records:
+        sys.exit("error: none of these runs is finished")
     print(table.to_string(index=False))
 
 
@@ -131,8 +147,16 @@ def network_overrides(name: str) -> list[str]:
     return [text.format(data=data.resolve()) for text in overrides]
 
 
+def finished(overrides: list[str], results_dir: Path) -> dict[str, Any] | None:
+    """Record of a run that was done before, None if there is none."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=overrides)
+    return read_record(results_dir / "runs" / run_id(config))
+
+
 def run(overrides: list[str], results_dir: Path) -> dict[str, Any]:
-    """Record of a run, done in a process of its own unless it exists already.
+    """Record of a run, done in a process of its own.
 
     Raises:
         SystemExit: the run failed.

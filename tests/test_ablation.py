@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks import ablation
-from experiments.config import identity, register
+from experiments.config import identity, register, run_id
+from experiments.records import write_record
 from experiments.runner import check_options, learning_options, needs_calibration
 
 
@@ -73,6 +74,15 @@ def test_summary_is_mean_and_standard_deviation():
     assert table.loc["b", "kl"] == pytest.approx(0.3)
     assert table.loc["a", "seconds"] == 7.0  # what it took to learn the restored layer included
     assert math.isnan(table.loc["a", "kl_std"])  # one seed has no spread
+
+
+def test_finished_runs_are_found_by_their_options(tmp_path, request):
+    overrides = [*ablation.ROWS["proximal"], "alpha=5.33", "seed=1"]
+    assert ablation.finished(overrides, tmp_path) is None
+    raw = composed(overrides, request.config.rootpath)
+    write_record(tmp_path / "runs" / run_id(raw), {"done": True})
+    assert ablation.finished(overrides, tmp_path) == {"done": True}
+    assert ablation.finished([*overrides, "seed=2"], tmp_path) is None
 
 
 def test_failed_run_is_said(monkeypatch, tmp_path):
