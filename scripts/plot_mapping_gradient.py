@@ -41,7 +41,7 @@ def mapping_weights(kind: str, sign: str, distance: str) -> tuple[Tensor, Tensor
     codebooks, _ = cluster(sample, k=CODEWORDS, method="kmeans")
     chosen = (values[:, None] - codebooks).abs().argmin(1)
     logits = torch.nn.functional.one_hot(chosen, CODEWORDS).float().requires_grad_()
-    result = AssignCodewords.apply(logits, codebooks, None, kind, "hard", sign, distance)
+    result, _ = AssignCodewords.apply(logits, codebooks, None, kind, "hard", sign, distance)
     result.backward(-torch.ones_like(result))
     gaps = (codebooks - codebooks[0, chosen, None]) / codebook_gap(codebooks)
     pull = -logits.grad
