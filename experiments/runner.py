@@ -47,14 +47,14 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     encoding, init = check_options(config)
-    options = learning_options(config)
+    stages = learning_options(config)
     if not config.force and (record := read_record(folder)) is not None:
         return record
     device = choose_device(config.compute.device)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     check_files(config.data)
-    stages = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
+    finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         network = load_network(config.model, config.data, seed=config.seed, device=device)
@@ -72,8 +72,8 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
             importance=config.learn.importance,
             allocation=config.learn.allocation,
             calibration=_calibration_images(data) if needs_calibration(config) else None,
-            **options,
-            folder=stages,
+            **stages,
+            folder=finished,
             seed=config.seed,
             device=device,
         )
@@ -100,12 +100,12 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         "versions": versions(),
         "notes": compressed.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
-        "stages": {name: asdict(stage) for name, stage in options.items() if stage},
+        "stages": {name: asdict(stage) for name, stage in stages.items() if stage},
         "learning": [asdict(result) for result in compressed.learning],
     }
     write_record(folder, record)
     if config.stages_dir is None:  # only needed to go on after a stop
-        shutil.rmtree(stages, ignore_errors=True)
+        shutil.rmtree(finished, ignore_errors=True)
     return read_record(folder)
 
 

@@ -292,14 +292,27 @@ def test_interrupted_run_resumes_with_identical_results(lr_codes, tmp_path, monk
 def test_other_runs_share_a_folder_and_damaged_files_are_refused(tmp_path):
     model, x = network(), images()
     learn(pack(model), model, x, tmp_path, epochs=1)
-    runs = [(model, x, o) for o in ({"epochs": 2}, {"epochs": 1, "seed": 1})]
-    for model_, x_, options in [*runs, (model, x + 1, {"epochs": 1})]:
-        shared, alone = pack(model), pack(model)
-        results = learn(shared, model_, x_, tmp_path, **options)
-        learn(alone, model_, x_, **options)
+    others = [
+        (7.5, x, {"epochs": 2}),
+        (7.5, x, {"epochs": 1, "seed": 1}),
+        (7.5, x, {"epochs": 1, "lr": 1e-3}),
+        (7.5, x + 1, {"epochs": 1}),
+        (5.33, x, {"epochs": 1}),
+    ]
+    for alpha, inputs, options in others:
+        shared, alone = (pack(model, alpha=alpha) for _ in range(2))
+        results = learn(shared, model, inputs, tmp_path, **options)
+        learn(alone, model, inputs, **options)
         assert same(state(shared), state(alone)) and not any(r.restored for r in results)
     assert all(r.restored for r in learn(pack(model), model, x, tmp_path, epochs=1))
-    damaged = min(tmp_path.rglob("0001.safetensors"), key=lambda path: path.stat().st_mtime)
+    damaged, other, *_ = sorted(
+        tmp_path.rglob("0001.safetensors"), key=lambda path: path.stat().st_mtime
+    )
+    content = damaged.read_bytes()
+    damaged.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match="belongs to a run with other options, weights or"):
+        learn(pack(model), model, x, tmp_path, epochs=1)
+    damaged.write_bytes(content)
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(ValueError, match="0001.safetensors is damaged"):
         learn(pack(model), model, x, tmp_path, epochs=1)

@@ -196,18 +196,18 @@ def test_corrected_target_is_between_the_outputs_of_both_networks(part):
     torch.manual_seed(0)
     x, w = torch.randn(groups, n, 80), torch.randn(groups, rows, n)
     y = w @ (x + 0.3 * torch.randn_like(x))
-    zeros = Moments.zeros(groups, rows, n, torch.device("cpu"))
+    given = Moments.zeros(groups, rows, n, torch.device("cpu"))
     expected = Moments.zeros(groups, rows, n, torch.device("cpu"))
-    zeros.add(x, y)
+    given.add(x, y)
     expected.add(x, part * y + (1 - part) * (w @ x))
-    found = quadratic(zeros, centred=True).corrected(w, part)
+    found = quadratic(given, centred=True).corrected(w, part)
     expected = quadratic(expected, centred=True)
     for name in ("gram", "cross", "energy"):
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-4
         )
     # The minimiser moves in proportion, whatever the ridge.
-    full = quadratic(zeros, centred=True).damped(w, 0.2).minimiser()
+    full = quadratic(given, centred=True).damped(w, 0.2).minimiser()
     goal = found.damped(w, 0.2).minimiser()
     torch.testing.assert_close(goal, torch.lerp(w, full, part), atol=1e-4, rtol=1e-4)
 

@@ -21,7 +21,7 @@ from jlcm.config import Invalid, check_choice
 from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
-from jlcm.learning.resume import restore_part, save_part, stage_identity
+from jlcm.learning.resume import restore_part, save_part, stage_folder
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
 from jlcm.packed import PackedWeight
 
@@ -140,10 +140,7 @@ def learn_blocks(
     if calibration.nodes is None:
         raise ValueError("the network cannot be traced into blocks: leave block-wise learning out")
     store = dict(stored_tensors(packed))
-    identity = ""
-    if folder is not None:
-        identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
-        folder = Path(folder) / identity
+    folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = _find_blocks(calibration, options.weights)
     results = []
@@ -153,7 +150,7 @@ def learn_blocks(
         members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
         path = None if folder is None else folder / f"{index:04d}.safetensors"
         if path is not None and path.exists():
-            metadata = restore_part(path, _buffers(members), identity)
+            metadata = restore_part(path, _buffers(members))
             result = BlockResult(**json.loads(metadata["result"]))
             results.append(replace(result, restored=True))
             continue
@@ -162,7 +159,7 @@ def learn_blocks(
         result.seconds = time.perf_counter() - began
         results.append(result)
         if path is not None:
-            save_part(path, _buffers(members), identity, {"result": json.dumps(asdict(result))})
+            save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
         bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
     reference.train(training[0])
     packed.train(training[1])

@@ -26,19 +26,16 @@ from jlcm.learning.forward import (
     augment,
     divergence,
     logits_of,
-    mirror,
     outputs_of,
     precision,
     to_device,
 )
-from jlcm.learning.resume import read_part, save_part, stage_identity
+from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.learning.trainable import Trainable, optimizer_of, set_rates, trainable_copy
 from jlcm.packed import PackedWeight
 from jlcm.packing import unpack
 
 CHECKPOINT = "distill.safetensors"
-#: Outputs of the original that are kept from epoch to epoch, if no more numbers than these.
-MOST_KEPT = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +178,10 @@ class _Run:
         self.options, self.seed, self.device = options, seed, device
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
-        self.targets, self.known = self._outputs(self.held), None
+        self.targets = outputs_of(reference, self.held, device, "the original network")
         self.initial = _snapshot(packed)
-        self.path, self.identity = None, ""
-        if folder is not None:
-            store = dict(stored_tensors(packed))
-            self.identity = stage_identity(f"{options!r} {seed}", store, [inputs])
-            self.path = Path(folder) / self.identity / CHECKPOINT
+        folder = stage_folder(folder, f"{options!r} {seed}", dict(stored_tensors(packed)), [inputs])
+        self.path = None if folder is None else folder / CHECKPOINT
         self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
         self.optimizer = optimizer_of(
             self._members(),
@@ -250,8 +244,18 @@ class _Run:
         batches = order.tensor_split(-(-len(order) // options.batch_size))
         total = 0.0
         for step, batch in enumerate(batches):
-            x, target = self._example(batch, generator)
+            x = augment(
+                self.inputs[batch],
+                generator,
+                flip=options.flip,
+                crop=options.crop,
+                zoom=options.zoom,
+                mix=options.mix,
+            )
+            x = to_device(x, self.device)
             with precision(options.precision, self.device):
+                with torch.no_grad():
+                    target = logits_of(self.reference(x), "the original network")
                 output = logits_of(self.twin(x), "the compressed network")
             loss = divergence(output, target, options.temperature)
             self.optimizer.zero_grad()
@@ -264,31 +268,6 @@ class _Run:
                 trainable.project()
             total += loss.item() * len(batch)
         return total / len(order)
-
-    @torch.no_grad()
-    def _example(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs of a step and the original's outputs for them."""
-        options, x = self.options, self.inputs[batch]
-        varied = options.crop is not None or options.zoom < 1 or options.mix
-        if varied or 2 * len(self.inputs) * self.targets[0].numel() > MOST_KEPT:
-            names = "flip", "crop", "zoom", "mix"
-            x = augment(x, generator, **{name: getattr(options, name) for name in names})
-            x = to_device(x, self.device)
-            with precision(options.precision, self.device):
-                return x, logits_of(self.reference(x), "the original network")
-        flip = options.flip and x.dim() == 4 and x.is_floating_point()
-        if self.known is None:  # the same inputs in each epoch: the original sees them once
-            variants = [self.inputs, self.inputs.flip(-1)] if flip else [self.inputs]
-            with precision(options.precision, self.device):
-                outputs = [self._outputs(variant) for variant in variants]
-            self.known = torch.stack(outputs)
-        mirrored = torch.zeros(len(x), dtype=torch.bool)
-        if flip:
-            x, mirrored = mirror(x, generator)
-        return to_device(x, self.device), self.known[mirrored.long(), batch]
-
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        return outputs_of(self.reference, inputs, self.device, "the original network")
 
     def _check_finite(self, loss: Tensor) -> None:
         gradients = [p.grad for p in self.twin.parameters() if p.grad is not None]
@@ -335,11 +314,11 @@ class _Run:
             "best_loss": self.best_loss,
             "best_epoch": self.best_epoch,
         }
-        save_part(self.path, tensors, self.identity, {"progress": json.dumps(progress)})
+        save_part(self.path, tensors, {"progress": json.dumps(progress)})
 
     @torch.no_grad()
     def _resume(self) -> None:
-        metadata, tensors = read_part(self.path, self.identity)
+        metadata, tensors = read_part(self.path)
         for name, value in json.loads(metadata["progress"]).items():
             setattr(self, name, value)
         self.history = [tuple(losses) for losses in self.history]

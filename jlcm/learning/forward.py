@@ -40,7 +40,8 @@ def augment(
     if x.dim() != 4 or not x.is_floating_point():
         return x
     if flip:
-        x, _ = mirror(x, generator)
+        chosen = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
     if crop is not None:
         x = torch.stack([_window(image, (crop, crop), generator) for image in x])
     if zoom < 1:
@@ -57,16 +58,6 @@ def augment(
         part = torch.rand(len(x), 1, 1, 1, generator=generator)
         x = torch.lerp(x, x[torch.randperm(len(x), generator=generator)], part)
     return x
-
-
-def mirror(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror images (n, channels, height, width) left to right with probability one half.
-
-    Returns:
-        The images, and (n,) bool: which are mirrored.
-    """
-    chosen = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(chosen[:, None, None, None], x.flip(-1), x), chosen
 
 
 def _window(image: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -290,13 +290,13 @@ def learn_by_gradient(
     state = factors
     for step in range(options.iterations):
         with torch.enable_grad():
-            for piece in pieces:
-                piece.mapped, piece.codes = AssignCodewords.apply(
-                    piece.logits, codebooks, piece.book, *settings
-                )
-        mapped = torch.cat([piece.mapped.detach() for piece in pieces])
+            assigned = [
+                AssignCodewords.apply(piece.logits, codebooks, piece.book, *settings)
+                for piece in pieces
+            ]
+        mapped = torch.cat([values.detach() for values, _ in assigned])
         weight = (mapped * multiplier).view(original.shape)
-        codes = torch.cat([piece.codes for piece in pieces]).view(original.shape)
+        codes = torch.cat([codes for _, codes in assigned]).view(original.shape)
         state = replace(factors, codes=codes, codebooks=codebooks.detach().clone())
         if samples is None:
             loss, slope = near.loss_and_gradient(weight)
@@ -320,15 +320,14 @@ def learn_by_gradient(
         late = sharpens and step >= warmup
         progress = (step - warmup) / max(options.iterations - warmup, 1)
         beta = options.beta[0] + (options.beta[1] - options.beta[0]) * progress
-        for piece in pieces:
-            outputs, gradients = [piece.mapped], [slope[piece.place]]
+        for piece, (values, _) in zip(pieces, assigned, strict=True):
+            outputs, gradients = [values], [slope[piece.place]]
             with torch.enable_grad():
                 if late:
                     part = len(piece.logits) / len(mapped)
                     outputs.append(options.lambda_ * part * sharpness(piece.logits, beta))
                     gradients.append(None)
                 torch.autograd.backward(outputs, gradients)
-            piece.mapped = None
             if piece.adam is not None:
                 piece.adam.step()
         codebook_adam.step()
@@ -343,7 +342,7 @@ def learn_by_gradient(
     return result, curve
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Piece:
     """A run of weights with their logits, few enough for a step to stay in the cache.
 
@@ -352,16 +351,12 @@ class _Piece:
         logits: (weights, k), those of one codeword next to each other in memory.
         book: (weights,) int64 or None.
         adam: of the logits, None where the codes are fixed.
-        mapped: what the logits choose, with the graph that leads to it.
-        codes: (weights,) int64 codes of the largest logits.
     """
 
     place: slice
     logits: Tensor
     book: Tensor | None
     adam: Adam | None
-    mapped: Tensor | None = None
-    codes: Tensor | None = None
 
 
 def _pieces(factors: Factors, original: Tensor, multiplier: Tensor, options: Learn) -> list[_Piece]:

@@ -12,54 +12,57 @@ from jlcm.files import replacing
 from jlcm.layers import Stored
 
 
-def stage_identity(settings: str, store: dict[str, Stored], inputs: list[Tensor]) -> str:
-    """Hash of all that decides the result of a stage.
+def stage_folder(
+    folder: Path | None, settings: str, store: dict[str, Stored], inputs: list[Tensor]
+) -> Path | None:
+    """Where a stage keeps its finished parts, named by a hash of all that decides its result.
 
     Args:
+        folder: that several runs may share; None to keep nothing, which returns None.
         settings: options and seed.
         store: stored tensors of the compressed network by name, as they are before the stage.
         inputs: calibration inputs.
     """
+    if folder is None:
+        return None
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     stored = [(f"{name} {key}", t) for name, s in store.items() for key, t in s.named_buffers()]
     for name, tensor in [*stored, *(("input", batch) for batch in inputs)]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(content.numpy())
-    return digest.hexdigest()
+    return Path(folder) / digest.hexdigest()
 
 
-def save_part(
-    path: Path, parts: dict[str, Tensor], identity: str, metadata: dict[str, str]
-) -> None:
+def save_part(path: Path, parts: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write the tensors of a finished part, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"run": identity, **metadata})
+        save_file(tensors, temporary, {"run": path.parent.name, **metadata})
 
 
-def restore_part(path: Path, parts: dict[str, Tensor], identity: str) -> dict[str, str]:
+def restore_part(path: Path, parts: dict[str, Tensor]) -> dict[str, str]:
     """Read a finished part into its tensors; returns its metadata.
 
     Raises:
-        ValueError: the file is damaged, or of a run with another identity.
+        ValueError: as `read_part`.
     """
-    metadata, tensors = read_part(path, identity)
+    metadata, tensors = read_part(path)
     for name, tensor in parts.items():
         tensor.copy_(tensors[name])
     return metadata
 
 
-def read_part(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_part(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a finished part.
 
     Raises:
-        ValueError: the file is damaged, or of a run with another identity.
+        ValueError: the file is damaged, or of another run than its folder.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("run") != identity:
+            if metadata.get("run") != path.parent.name:
                 raise ValueError(
                     f"{path} belongs to a run with other options, weights or calibration inputs: "
                     "remove it"

@@ -29,7 +29,7 @@ from jlcm.learning.layer import (
 from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
-from jlcm.learning.resume import restore_part, save_part, stage_identity
+from jlcm.learning.resume import restore_part, save_part, stage_folder
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
 
@@ -114,17 +114,14 @@ def learn_layers(
         flip=options.flip,
     )
     store = dict(stored_tensors(packed))
-    identity = ""
-    if folder is not None:
-        identity = stage_identity(f"{options!r} {seed}", store, calibration.inputs)
-        folder = Path(folder) / identity
+    folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     results, modules = [], dict(reference.named_modules())
     bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
     for index, layer in enumerate(bar):
         target = target_of(layer, store, modules, device)
         path = None if folder is None else folder / f"{index:04d}.safetensors"
         if path is not None and path.exists():
-            metadata = restore_part(path, stored_parts(target), identity)
+            metadata = restore_part(path, stored_parts(target))
             target.weight.relative_error = float(metadata["relative_error"])
             result = LayerResult(**json.loads(metadata["result"]))
             results.append(replace(result, restored=True))
@@ -136,7 +133,7 @@ def learn_layers(
         if path is not None:
             metadata = {"result": json.dumps(asdict(result))}
             metadata["relative_error"] = repr(target.weight.relative_error)
-            save_part(path, stored_parts(target), identity, metadata)
+            save_part(path, stored_parts(target), metadata)
         bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
     for name, note in calibration.skipped.items():
         results.append(LayerResult(name=name, note=note))
@@ -193,12 +190,13 @@ def _fit(
     weights = target.reference.scale.square()
     problem, outside = (quadratic(m, centred=centred, weights=weights) for m in (train, held))
     curve: list[float] = []
-    damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq" or options.start == "least_squares":
         problem, damped, factors = _best_start(
             train, held, factors, target, problem, outside, options
         )
         factors, curve = improve(damped, factors, rounds=options.rounds, sweeps=options.sweeps)
+    else:
+        damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq":
         return factors, curve
     samples = None
@@ -276,9 +274,9 @@ def _collect(
         x, y = x.float(), y.float()
         if target.folded is not None:
             y = target.folded.scale.float()[..., None] * y + target.folded.shift.float()[..., None]
-        for collected, part in ((train, ~outside), (held, outside)):
+        for moments, part in ((train, ~outside), (held, outside)):
             if bool(part.any()):
-                collected.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
+                moments.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
         if sampled:
             step = -(-x.shape[-1] // max(room, 1))
             inputs.append(_joined(x[~outside.to(x.device), ..., ::step]))
