@@ -31,9 +31,12 @@ _PLAIN = {"statistics": "none", "polish": "0", "final_least_squares": "false"}
 _STEPS = {"iterations": "60", "lr": "0.06", "lr_codebook": "0.006"}
 
 
+def _added(options: dict[str, str]) -> list[str]:
+    return [f"+learn.options.{key}={value}" for key, value in options.items()]
+
+
 def _gradient(kind: str, **options: str) -> list[str]:
-    added = [f"+learn.options.{key}={value}" for key, value in (_STEPS | options).items()]
-    return ["learn=joint", f"learn.kind={kind}", *added]
+    return ["learn=joint", f"learn.kind={kind}", *_added(_STEPS | options)]
 
 
 #: Overrides of each row.
@@ -49,7 +52,7 @@ ROWS: dict[str, list[str]] = {
     "proximal, raw distance": _gradient("proximal", **_PLAIN, distance="raw"),
     "proximal, soft forward": _gradient("proximal", **_PLAIN, forward="soft"),
     "proximal, moment per element": _gradient("proximal", **_PLAIN, second_moment="per_element"),
-    "paper": ["learn=paper"],
+    "paper": ["learn=paper", *_added(_STEPS)],
     "proximal + statistics": _gradient("proximal", polish="0", final_least_squares="false"),
     "proximal + statistics + polish": _gradient("proximal"),
     "lnq": ["learn=lnq"],

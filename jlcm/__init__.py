@@ -18,6 +18,7 @@ from jlcm.footprint import Footprint, footprint, resident_bytes  # noqa: E402
 from jlcm.learning.blocks import Blocks  # noqa: E402
 from jlcm.learning.distill import Distill  # noqa: E402
 from jlcm.learning.options import Learn  # noqa: E402
+from jlcm.quantize import quantize  # noqa: E402
 from jlcm.select import linear_and_convolution, with_embeddings  # noqa: E402
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "footprint",
     "linear_and_convolution",
     "load",
+    "quantize",
     "resident_bytes",
     "save",
     "with_embeddings",

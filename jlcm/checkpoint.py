@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jlcm.architecture import Architecture, unregistered_meta
 from jlcm.compress import Compression
+from jlcm.expanded import ExpandedWeight
 from jlcm.files import replacing
 from jlcm.layers import (
     STORE,
@@ -28,11 +29,10 @@ from jlcm.layers import (
     store_norm,
     stored_tensors,
 )
-from jlcm.packed import PackedWeight
+from jlcm.packed import PackedWeight, StoredWeight
+from jlcm.uniform import UniformWeight
 
 FORMAT_VERSION = 1
-#: Suffixes of the parts of a packed weight.
-PARTS = ("codes", "codebooks", "scales", "order")
 
 
 class CheckpointError(ValueError):
@@ -194,18 +194,16 @@ def _serialise(
             continue
         first_name[id(stored)] = name
         match stored:
-            case PackedWeight():
-                descriptions[name] = _describe(stored)
-                for part in PARTS:
-                    if getattr(stored, part) is not None:
-                        tensors[f"{name}.{part}"] = getattr(stored, part)
+            case StoredWeight():
+                descriptions[name] = stored.describe()
+                tensors |= {f"{name}.{part}": held for part, held in stored.named_buffers()}
             case HalfTensor():
                 tensors[name] = stored.values
             case Tensor():
                 tensors[name] = stored
             case Constant() if name.rpartition(".")[2] == "weight":
                 folded.append(name.rpartition(".")[0])
-        if isinstance(stored, PackedWeight | HalfTensor) and stored.dtype.is_floating_point:
+        if isinstance(stored, StoredWeight | HalfTensor) and stored.dtype.is_floating_point:
             dtypes[name] = str(stored.dtype).removeprefix("torch.")
     usual = Counter(dtypes.values()).most_common(1)[0][0]
     for name, dtype in dtypes.items():
@@ -223,15 +221,6 @@ def _serialise(
     header["blake2b"] = _digest(header, tensors)
     # One entry, because safetensors writes several in a random order.
     return tensors, {"jlcm": json.dumps(header, separators=(",", ":"))}
-
-
-def _describe(packed: PackedWeight) -> dict[str, Any]:
-    described: dict[str, Any] = {"shape": packed.shape, "bits": packed.bits}
-    if packed.tile is not None:
-        described["tile"] = packed.tile
-    if packed.relative_error == packed.relative_error:  # JSON has no nan
-        described["relative_error"] = float(f"{packed.relative_error:.6g}")
-    return described
 
 
 def _plain_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -256,7 +245,8 @@ def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) 
     """Replace the tensors of a freshly built network by what the file holds."""
     stored: dict[str, Stored] = dict(packed_weights(header, tensors))
     modules = dict(model.named_modules())
-    names = {*stored, *tensors, *header["tensors"]} - {f"{n}.{p}" for n in stored for p in PARTS}
+    parts = {f"{n}.{part}" for n, held in stored.items() for part, _ in held.named_buffers()}
+    names = {*stored, *tensors, *header["tensors"]} - parts
     if strangers := sorted(n for n in names if n.rpartition(".")[0] not in modules):
         raise ValueError(f"the network has no layer for {', '.join(strangers[:5])}")
     owned: dict[str, dict[str, Stored]] = {}
@@ -278,7 +268,7 @@ def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) 
         stored[name] = stored[first]
     for name, value in stored.items():
         owner, _, attribute = name.rpartition(".")
-        shape = value.shape if isinstance(value, PackedWeight) else value.values.shape
+        shape = value.shape if isinstance(value, StoredWeight) else value.values.shape
         _check_shape(name, getattr(modules[owner], attribute), shape)
         owned.setdefault(owner, {})[attribute] = value
     for name, module in modules.items():
@@ -300,7 +290,7 @@ def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) 
         raise KeyError(f"the file has no values for {', '.join(missing[:5])}")
 
 
-def packed_weights(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, PackedWeight]:
+def packed_weights(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, StoredWeight]:
     """The packed weights of a file (`read_tensors`), by name.
 
     Raises:
@@ -309,16 +299,37 @@ def packed_weights(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
     packed = {}
     for name, description in header["tensors"].items():
         if "bits" in description:
-            tile = description.get("tile")
-            packed[name] = PackedWeight(
-                shape=description["shape"],
-                bits=description["bits"],
-                tile=None if tile is None else tuple(tile),
-                dtype=_dtype(description.get("dtype", header["dtype"])),
-                relative_error=description.get("relative_error", float("nan")),
-                **{part: tensors.get(f"{name}.{part}") for part in PARTS},
-            )
+            dtype = _dtype(description.get("dtype", header["dtype"]))
+            packed[name] = _weight(description, _under(f"{name}.", tensors), dtype)
     return packed
+
+
+def _weight(
+    description: dict[str, Any], parts: dict[str, Tensor], dtype: torch.dtype
+) -> StoredWeight:
+    error = description.get("relative_error", float("nan"))
+    match description.get("kind", "codebooks"):
+        case "expanded":
+            base = _weight(description["base"], _under("base.", parts), dtype)
+            terms = [
+                _weight(term, _under(f"terms.{i}.", parts), dtype)
+                for i, term in enumerate(description["terms"])
+            ]
+            own = {name: part for name, part in parts.items() if "." not in name}
+            sparse = {"gap_bits": description["gap_bits"], "relative_error": error}
+            return ExpandedWeight(base, terms=terms, **own, **sparse)
+        case "uniform":
+            kind, layout = UniformWeight, {}
+        case "codebooks":
+            kind, layout = PackedWeight, {"tile": description.get("tile")}
+        case other:
+            raise ValueError(f"unknown kind of weight {other!r}")
+    sizes = {"shape": description["shape"], "bits": description["bits"]}
+    return kind(**sizes, **layout, **parts, dtype=dtype, relative_error=error)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _dtype(name: str) -> torch.dtype:

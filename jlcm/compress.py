@@ -135,7 +135,7 @@ def compress(
             "learning, allocation=auto and importance=fisher need calibration inputs: pass "
             "calibration="
         )
-    _check_model(model)
+    check_model(model)
     select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
     summary = Compression(
@@ -151,7 +151,7 @@ def compress(
     )
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
     weights = select(model, filter_fn)
-    _check_range(model, weights)
+    check_range(model, weights)
     fisher, home = None, next(model.parameters()).device
     stage = {"seed": seed, "device": device, "progress": progress}
     if sensitive:
@@ -201,7 +201,7 @@ def compress(
             seed=seed,
         )
     reference = copy.deepcopy(model) if learn or blocks or distill else None
-    _pack(model, packed, folded)
+    pack_model(model, packed, folded)
     model.compression, model.learning = summary, []
     if learn:
         layers = _part(folder, "layers")
@@ -231,7 +231,8 @@ def reference_bytes(model: nn.Module) -> int:
     return sum(2 * t.numel() for t in tensors if t.is_floating_point())
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse a network that is compressed already, or whose tensors are not finite."""
     if hasattr(model, "compression") or next(stored_tensors(model), None):
         raise ValueError("the model is already compressed: start from the original network")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -245,7 +246,7 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"tensor {name!r} has NaN values: repair the checkpoint first")
 
 
-def _check_range(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+def check_range(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Refuse values that float16 cannot hold, before the long work."""
     chosen = {id(weight) for weight in weights.values()}
     for name, parameter in model.named_parameters():
@@ -302,7 +303,7 @@ def _propagate(
     return moved
 
 
-def _pack(model: nn.Module, packed: dict[int, Stored], folded: set[str]) -> None:
+def pack_model(model: nn.Module, packed: dict[int, Stored], folded: set[str]) -> None:
     """Replace every tensor of the model by its stored form."""
     halves: dict[int, Stored] = dict(packed)
     for name, module in list(model.named_modules()):

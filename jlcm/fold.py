@@ -27,7 +27,7 @@ class _Tracer(fx.Tracer):
 def fold_batch_norms(model: nn.Module) -> set[str]:
     """Multiply each batch norm into the convolution or linear layer that alone feeds it, in place.
 
-    The norm itself stays in place with its values unchanged; the caller must take its effect away.
+    The norm stays in its place and applies nothing any more, so the function is the same.
 
     Args:
         model: in evaluation mode.
@@ -87,3 +87,8 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
         layer.weight.copy_(layer.weight * rows)  # in float32 if the weight has fewer bits
         bias = shift if layer.bias is None else shift + layer.bias.float() * scale
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1 - norm.eps)
+        if norm.affine:
+            norm.weight.fill_(1)
+            norm.bias.zero_()

@@ -6,12 +6,12 @@ import sys
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jlcm.checkpoint import CheckpointError, packed_weights, read_tensors
 from jlcm.compress import Compression
 from jlcm.layers import stored_tensors
-from jlcm.packed import PackedWeight
+from jlcm.packed import StoredWeight, nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class LayerFootprint:
         bits: width of a code.
         codebooks: number of codebooks.
         scales: number of scales.
+        outliers: number of sparse outliers.
         stored_order: whether an order of its rows is stored.
-        nbytes: codes, codebooks, scales and order.
+        nbytes: codes, codebooks, scales, order and outliers.
         relative_error: ||decoded - W|| / ||W||.
     """
 
@@ -34,6 +35,7 @@ class LayerFootprint:
     bits: int
     codebooks: int
     scales: int
+    outliers: int
     stored_order: bool
     nbytes: int
     relative_error: float
@@ -44,14 +46,14 @@ class Footprint:
     """Bytes of a compressed network.
 
     Attributes:
-        codes: bytes of codes; likewise codebooks, scales and orders.
+        codes: bytes of codes; likewise codebooks, scales, orders and outliers.
         other: bytes of everything else that is stored (biases, norms, embeddings, buffers).
         payload: all of these, which is also what the loaded network holds in memory.
         header: bytes of the file beside the payload (names, description), 0 without a file.
         file_bytes: size of the file, None without a file.
         reference_layers: fp16 bytes of the compressed tensors.
         reference_total: fp16 bytes of the original model, parameters and floating buffers.
-        alpha_layers: reference_layers over codes + codebooks + scales + orders.
+        alpha_layers: reference_layers over codes + codebooks + scales + orders + outliers.
         alpha_total: reference_total over file_bytes (over the payload without a file).
         layers: one entry per compressed tensor.
     """
@@ -60,6 +62,7 @@ class Footprint:
     codebooks: int
     scales: int
     orders: int
+    outliers: int
     other: int
     payload: int
     header: int
@@ -88,7 +91,7 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
         if not isinstance(getattr(model, "compression", None), Compression):
             raise ValueError("only a compressed model has a footprint: call jlcm.compress first")
         file_bytes, reference_total = None, model.compression.reference_bytes
-        weights = [(n, s) for n, s in stored_tensors(model) if isinstance(s, PackedWeight)]
+        weights = [(n, s) for n, s in stored_tensors(model) if isinstance(s, StoredWeight)]
         payload = sum(nbytes(b) for b in model.buffers())
     else:
         header, tensors = read_tensors(model, verify=False)
@@ -99,17 +102,12 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
             raise CheckpointError(f"{model}: is damaged: {error}") from error
         file_bytes = os.path.getsize(model)
         payload = sum(nbytes(t) for t in tensors.values())
-    parts = dict.fromkeys(("codes", "codebooks", "scales", "orders"), 0)
+    parts = dict.fromkeys(("codes", "codebooks", "scales", "orders", "outliers"), 0)
     layers: dict[int, LayerFootprint] = {}
     for name, stored in weights:
         if id(stored) not in layers:  # shared weights are stored once
-            sizes = {
-                "codes": nbytes(stored.codes),
-                "codebooks": nbytes(stored.codebooks),
-                "scales": nbytes(stored.scales),
-                "orders": nbytes(stored.order),
-            }
-            parts = {k: v + sizes[k] for k, v in parts.items()}
+            sizes = stored.sizes()
+            parts = {k: v + sizes.get(k, 0) for k, v in parts.items()}
             layers[id(stored)] = _layer(name, stored, sum(sizes.values()))
     packed = sum(parts.values())
     reference = sum(2 * torch.Size(layer.shape).numel() for layer in layers.values())
@@ -145,19 +143,17 @@ def resident_bytes(path: str | os.PathLike) -> int:
     return int(result.stdout.split()[-1])
 
 
-def nbytes(tensor: Tensor | None) -> int:
-    """Bytes of a tensor's elements."""
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
-
-
-def _layer(name: str, packed: PackedWeight, size: int) -> LayerFootprint:
+def _layer(name: str, stored: StoredWeight, size: int) -> LayerFootprint:
+    codebooks, scales = stored.groups()
+    values = getattr(stored, "values", None)
     return LayerFootprint(
         name=name,
-        shape=packed.shape,
-        bits=packed.bits,
-        codebooks=packed.codebooks.shape[0],
-        scales=0 if packed.scales is None else packed.scales.numel(),
-        stored_order=packed.order is not None,
+        shape=stored.shape,
+        bits=stored.bits,
+        codebooks=codebooks,
+        scales=scales,
+        outliers=0 if values is None else values.numel(),
+        stored_order=getattr(stored, "order", None) is not None,
         nbytes=size,
-        relative_error=packed.relative_error,
+        relative_error=stored.relative_error,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jlcm.packed import PackedWeight, apply_to_bytes
+from jlcm.packed import StoredWeight, apply_to_bytes
 
 #: Name of the submodule that holds a module's stored tensors.
 STORE = "packed"
@@ -66,7 +66,7 @@ class Constant(nn.Module):
         return apply_to_bytes(self, fn)
 
 
-Stored = PackedWeight | HalfTensor | Constant
+Stored = StoredWeight | HalfTensor | Constant
 
 
 def to_half(values: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""One packed tensor type for every encoding.
+"""One packed tensor type for every encoding with codebooks.
 
 A weight W of n_o rows (output neurons) is stored as fixed-width codes, one or several codebooks
 and, optionally, scales and an order of its rows. Which codebook and which scale serve a weight
@@ -15,6 +15,8 @@ are presets:
 Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after
 another. With k < n_o a group spans rows, with k > n_o a row holds several groups.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,11 @@ def tile_index(
     return down[:, None] * across + torch.arange(n_i, device=device) // tile[1]
 
 
+def nbytes(tensor: Tensor | None) -> int:
+    """Bytes of a tensor's elements."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
 def apply_to_bytes(module: nn.Module, fn) -> nn.Module:
     """`Module._apply` for stored buffers: moves them, never changes their dtype."""
     for name, stored in module.named_buffers(recurse=False):
@@ -53,15 +60,65 @@ def apply_to_bytes(module: nn.Module, fn) -> nn.Module:
     return module
 
 
-class PackedWeight(nn.Module):
-    """A weight held as codes and codebooks; calling it decodes.
+class StoredWeight(nn.Module):
+    """A weight held in few bits; calling it decodes. What is stored are its buffers.
 
     Attributes:
         shape: shape of the weight; the first dimension counts the rows.
-        bits: width of a code, 1 to 8; a codebook has at most 2**bits codewords.
-        tile: (rows, cols) where codebooks belong to tiles, None for flat groups.
+        bits: width of a code, 1 to 8.
         dtype: floating dtype of the decoded weight.
         relative_error: ||decoded - W|| / ||W|| (Frobenius) when it was encoded, nan if unknown.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], bits: int, dtype: torch.dtype, relative_error: float
+    ) -> None:
+        """Keep what every kind has."""
+        super().__init__()
+        self.shape, self.bits = tuple(shape), bits
+        self.dtype, self.relative_error = dtype, relative_error
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def rows(self) -> int:
+        """Number of output neurons."""
+        return self.shape[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says about it beside its buffers."""
+        described: dict[str, Any] = {"shape": self.shape, "bits": self.bits}
+        if self.relative_error == self.relative_error:  # JSON has no nan
+            described["relative_error"] = float(f"{self.relative_error:.6g}")
+        return described
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by what they hold: codes, codebooks, scales, orders, outliers."""
+        raise NotImplementedError
+
+    def groups(self) -> tuple[int, int]:
+        """How many codebooks and scales it has."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or model.float() chooses the dtype that weights are decoded to. What is
+        # stored keeps its own: seen as bytes it only moves between devices.
+        anchor = next(self.buffers())
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=anchor.device)).dtype
+        for child in self.children():
+            child._apply(fn)
+        return apply_to_bytes(self, fn)
+
+
+class PackedWeight(StoredWeight):
+    """A weight held as codes and codebooks; calling it decodes.
+
+    Attributes:
+        bits: width of a code; a codebook has at most 2**bits codewords.
+        tile: (rows, cols) where codebooks belong to tiles, None for flat groups.
         codes: (ceil(N * bits / 8),) uint8.
         codebooks: (groups, codewords) float16, each row ascending.
         scales: (groups,) float16, or None.
@@ -86,9 +143,8 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: if the parts do not fit together.
         """
-        super().__init__()
-        self.shape, self.bits, self.tile = tuple(shape), bits, tile
-        self.dtype, self.relative_error = dtype, relative_error
+        super().__init__(shape, bits, dtype, relative_error)
+        self.tile = None if tile is None else tuple(tile)
         self.register_buffer("codes", codes)
         self.register_buffer("codebooks", codebooks)
         self.register_buffer("scales", scales)
@@ -135,15 +191,22 @@ class PackedWeight(nn.Module):
             **options,
         )
 
-    @property
-    def count(self) -> int:
-        """Number of weights."""
-        return torch.Size(self.shape).numel()
+    def describe(self) -> dict[str, Any]:
+        """What the file says about it beside its buffers."""
+        return super().describe() | ({} if self.tile is None else {"tile": self.tile})
 
-    @property
-    def rows(self) -> int:
-        """Number of output neurons."""
-        return self.shape[0]
+    def sizes(self) -> dict[str, int]:
+        """Bytes of codes, codebooks, scales and the order of the rows."""
+        return {
+            "codes": nbytes(self.codes),
+            "codebooks": nbytes(self.codebooks),
+            "scales": nbytes(self.scales),
+            "orders": nbytes(self.order),
+        }
+
+    def groups(self) -> tuple[int, int]:
+        """How many codebooks and scales it has."""
+        return self.codebooks.shape[0], 0 if self.scales is None else self.scales.numel()
 
     def unpack_codes(self) -> Tensor:
         """(N,) uint8 codes of the re-ordered rows."""
@@ -190,12 +253,6 @@ class PackedWeight(nn.Module):
         if order is not None:
             values = torch.empty_like(values).index_copy_(0, order, values)
         return values.view(self.shape).to(self.dtype)
-
-    def _apply(self, fn, recurse=True):
-        # model.half() or model.float() chooses the dtype that weights are decoded to. What is
-        # stored keeps its own: seen as bytes it only moves between devices.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        return apply_to_bytes(self, fn)
 
     def extra_repr(self) -> str:
         """Shape, bits and group counts, for printing."""

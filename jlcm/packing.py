@@ -102,13 +102,22 @@ def pack_order(order: Tensor) -> Tensor:
     Returns:
         (ceil(n * ceil(log2 n) / 8),) uint8.
     """
-    planes = torch.arange(order_width(order.numel()), device=order.device)
-    return pack(((order[:, None] >> planes) & 1).reshape(-1), 1)
+    return pack_integers(order, order_width(order.numel()))
 
 
 def unpack_order(stream: Tensor, count: int) -> Tensor:
     """Unpack what `pack_order` wrote into (count,) int64."""
-    width = order_width(count)
+    return unpack_integers(stream, order_width(count), count)
+
+
+def pack_integers(values: Tensor, width: int) -> Tensor:
+    """Pack (n,) int64 values in [0, 2**width), any width, into (ceil(n * width / 8),) uint8."""
+    planes = torch.arange(width, device=values.device)
+    return pack(((values[:, None] >> planes) & 1).reshape(-1), 1)
+
+
+def unpack_integers(stream: Tensor, width: int, count: int) -> Tensor:
+    """Unpack what `pack_integers` wrote into (count,) int64."""
     planes = torch.arange(width, device=stream.device)
     bits = unpack(stream, 1, count * width).view(count, width)
     return (bits.to(torch.int64) << planes).sum(1)

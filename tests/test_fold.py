@@ -24,6 +24,9 @@ def folded_model(model: nn.Module) -> tuple[nn.Module, set[str]]:
 def same(model: nn.Module, x: Tensor) -> set[str]:
     folded, names = folded_model(model)
     expected = model(x)
+    plain = copy.deepcopy(model)
+    fold_batch_norms(plain)
+    assert (plain(x) - expected).norm() <= 1e-5 * expected.norm()
     assert (folded(x) - expected).norm() <= 1e-5 * expected.norm()
     return names
 
@@ -145,6 +148,16 @@ def test_compressed_network_stores_what_it_needs(cnn, images, fold):
     assert packed.compression.reference_bytes == sum(
         2 * t.numel() for t in [*cnn.parameters(), *cnn.buffers()] if t.is_floating_point()
     )
+
+
+def test_learning_starts_from_the_folded_network(cnn, images):
+    x = images[:, :, :8, :8]
+    options = {"alpha": 5.33, "encoding": jlcm.Encoding(fold_bn=True), "progress": False}
+    before = jlcm.compress(cnn, **options)(x) - cnn(x)
+    learn = jlcm.Learn(held_out=0.25)
+    learned = jlcm.compress(cnn, calibration=x, learn=learn, **options)
+    assert (learned(x) - cnn(x)).norm() < before.norm()
+    assert any(result.kept == "learned" for result in learned.learning)
 
 
 def test_original_is_untouched(cnn):

@@ -23,7 +23,7 @@ from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
 from jlcm.learning.resume import restore_part, save_part, stage_folder
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
-from jlcm.packed import PackedWeight
+from jlcm.packed import StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def _find_blocks(calibration: Calibration, least: int) -> list[_Run]:
             for owner, names in owners.items():
                 if owner == node.target or owner.startswith(f"{node.target}."):
                     tensors.update(names)
-                    weights += [n for n in names if isinstance(kinds[n], PackedWeight)]
+                    weights += [n for n in names if isinstance(kinds[n], StoredWeight)]
         value = state.get(node)
         inputs_first = isinstance(value, Tensor) and value.dim() and len(value) == int(rows.sum())
         cut = inputs_first and calibration.live_after(i) == [node]

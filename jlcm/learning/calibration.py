@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from jlcm.layers import STORE, HalfTensor, is_static_norm
 from jlcm.learning.activations import Activations, State
 from jlcm.learning.products import Product, output_columns, product_of
-from jlcm.packed import PackedWeight
+from jlcm.packed import StoredWeight
 
 #: Activations that treat every element alike, so that sampled columns suffice.
 _ELEMENTWISE = (
@@ -192,7 +192,7 @@ class Calibration:
         stored = {}
         for name, module in self.packed.named_modules():
             for tensor, held in getattr(module._modules.get(STORE), "items", dict)():
-                if isinstance(held, PackedWeight):
+                if isinstance(held, StoredWeight):
                     stored.setdefault(name, []).append((tensor, held))
         calls = self._calls()
         counts = Counter(name for name, _ in calls)

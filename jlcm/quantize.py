@@ -1,0 +1,157 @@
+"""The compared methods, each through the same selection, packing and accounting as ours."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jlcm.budget import code_bits
+from jlcm.compress import (
+    Compression,
+    check_model,
+    check_range,
+    pack_model,
+    reference_bytes,
+)
+from jlcm.config import FIRST_LAST, Invalid, check_alpha, check_choice
+from jlcm.encode import encode_int8, relative_error
+from jlcm.fold import fold_batch_norms, norms_after_layers
+from jlcm.methods.network import Network
+from jlcm.methods.rtn import RTN, rtn
+from jlcm.packed import StoredWeight
+from jlcm.select import Filter, linear_and_convolution, select
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method runs.
+
+    Attributes:
+        options: its dataclass of options.
+        encode: stored weights by name, from the network and the options.
+        learn: tunes the packed network in place, from it, its full-precision original, the network
+            and the options; returns what it did to each part. None for methods without data.
+        folds: whether batch norms are folded first.
+    """
+
+    options: type
+    encode: Callable[[Network, Any], dict[str, StoredWeight]]
+    learn: Callable[[nn.Module, nn.Module, Network, Any], list] | None = None
+    folds: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(RTN, rtn),
+}
+
+
+def quantize(
+    model: nn.Module,
+    method: str,
+    *,
+    alpha: float = 5.33,
+    options: Any = None,
+    bits: int | None = None,
+    first_last: str = "same",
+    filter_fn: Filter = linear_and_convolution,
+    calibration: Sequence[Tensor] | Tensor | None = None,
+    seed: int = 0,
+    inplace: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> nn.Module:
+    """Quantise a network's weights by one of the methods that `jlcm.compress` is compared with.
+
+    Args:
+        model: any network; it is quantised for inference.
+        method: name in `METHODS`.
+        alpha: goal, fp16 bytes of the weights over their packed bytes. Methods of fixed width take
+            floor(16 / alpha) bits, so that only their nominal alpha reaches it; scales and zero
+            points come on top and are counted.
+        options: the method's dataclass of options; None for its defaults.
+        bits: width of the codes, in place of the one that follows from alpha.
+        first_last: "same" (the first and the last weight like all others) or "int8" (8 bits, one
+            scale for each row).
+        filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
+            MultiheadAttention.
+        calibration: unlabelled inputs, (n, ...) or batches of them, for methods that learn.
+        seed: of every random choice.
+        inplace: use up `model` in place of a copy.
+        device: where learning runs.
+        progress: show progress bars.
+
+    Returns:
+        The quantised network, in evaluation mode, as `jlcm.compress` returns it.
+
+    Raises:
+        Invalid: (a ValueError) for an option out of range.
+        ValueError: as `jlcm.compress`.
+    """
+    alpha = check_alpha(alpha)
+    check_choice("method", method, tuple(METHODS))
+    check_choice("first_last", first_last, FIRST_LAST)
+    chosen = METHODS[method]
+    options = chosen.options() if options is None else options
+    if not isinstance(options, chosen.options):
+        raise Invalid(f"options of method={method} are a {chosen.options.__name__}")
+    if bits is not None and not 1 <= bits <= 8:
+        raise Invalid(f"bits={bits} must be between 1 and 8")
+    if chosen.learn is not None and calibration is None:
+        raise Invalid(f"method={method} learns from calibration inputs: pass calibration=")
+    check_model(model)
+    select(model, filter_fn)
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    network = Network(
+        model,
+        {},
+        {},
+        alpha,
+        calibration=calibration,
+        seed=seed,
+        device=torch.device(device),
+        progress=progress,
+    )
+    summary = Compression(
+        alpha=alpha,
+        reference_bytes=reference_bytes(model),
+        options={"method": method, **asdict(options), "first_last": first_last, "seed": seed},
+        notes=network.notes,
+    )
+    folded = _fold(network) if chosen.folds else set()
+    weights = select(model, filter_fn)
+    check_range(model, weights)
+    ends = {next(iter(weights)), list(weights)[-1]} if first_last == "int8" else set()
+    packed = {name: encode_int8(weights[name]) for name in ends}
+    network.weights = {name: weight for name, weight in weights.items() if name not in ends}
+    network.bits = dict.fromkeys(network.weights, bits or code_bits(alpha))
+    reference = copy.deepcopy(model) if chosen.learn is not None else None
+    for name, stored in chosen.encode(network, options).items():
+        weight = weights[name].detach().float().cpu()
+        squared = (stored().detach().float().cpu() - weight).double().square().sum()
+        stored.relative_error = relative_error(squared, weight)
+        packed[name] = stored
+    pack_model(model, {id(weights[name]): stored for name, stored in packed.items()}, folded)
+    model.compression, model.learning = summary, []
+    if chosen.learn is not None:
+        model.learning = chosen.learn(model, reference, network, options)
+    return model
+
+
+def _fold(network: Network) -> set[str]:
+    """Fold batch norms and remember their statistics; names of the norms."""
+    modules = dict(network.model.named_modules())
+    try:
+        pairs = norms_after_layers(network.model)
+    except ValueError as error:
+        network.notes.append(f"batch norms are not folded: {error}")
+        return set()
+    for norm, layer in pairs.items():
+        module = modules[norm]
+        ones = torch.ones_like(module.running_mean)
+        mean = 0 * ones if module.bias is None else module.bias.detach().float().clone()
+        deviation = ones if module.weight is None else module.weight.detach().float().abs()
+        network.norms[layer] = mean, deviation
+    return fold_batch_norms(network.model)

@@ -1,0 +1,132 @@
+"""Weights on a uniform grid, or on a power of one: what the compared methods store.
+
+With b bits, code q and zero point z, a weight is scale * sign(g) * |g|^(1 / power), where
+g = (q - z) / 2^(b - 1). The scale is thus as large as the weights, where float16 is precise.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jlcm.packed import StoredWeight, nbytes
+from jlcm.packing import pack, packed_bytes, unpack
+
+
+class UniformWeight(StoredWeight):
+    """A weight held as codes, scales and zero points; calling it decodes.
+
+    Attributes:
+        codes: (ceil(N * bits / 8),) uint8.
+        scales: (rows,) or (1,) float16.
+        zeros: zero points, as many as scales, packed like codes; None where all are 2^(bits - 1).
+        power: (1,) float16, or None for a uniform grid.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        bits: int,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        power: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        relative_error: float = float("nan"),
+    ) -> None:
+        """Take the parts as they are stored; `encode` makes them from plain tensors.
+
+        Raises:
+            ValueError: if the parts do not fit together.
+        """
+        super().__init__(shape, bits, dtype, relative_error)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("power", power)
+        self._check()
+
+    @classmethod
+    def encode(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        shape: tuple[int, ...],
+        bits: int,
+        zeros: Tensor | None = None,
+        power: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "UniformWeight":
+        """Pack plain codes.
+
+        Args:
+            codes: N integers below 2**bits, rows one after another.
+            scales: one for each row, or one, rounded to float16.
+            shape: of the weight.
+            bits: width of a code and of a zero point.
+            zeros: integers below 2**bits, as many as scales; None for 2^(bits - 1).
+            power: exponent; None for a uniform grid.
+            dtype: of the decoded weight.
+
+        Raises:
+            ValueError: if a code or a zero point does not fit, or the sizes do not.
+        """
+        return cls(
+            shape=shape,
+            bits=bits,
+            codes=pack(codes.reshape(-1), bits),
+            scales=scales.reshape(-1).to(torch.float16),
+            zeros=None if zeros is None else pack(zeros.reshape(-1), bits),
+            power=None if power is None else torch.tensor([power], dtype=torch.float16),
+            dtype=dtype,
+        )
+
+    def unpack_codes(self) -> Tensor:
+        """(N,) uint8 codes."""
+        return unpack(self.codes, self.bits, self.count)
+
+    def zero_points(self) -> Tensor:
+        """(scales,) float32 zero points."""
+        if self.zeros is None:
+            return torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.float32)
+        return unpack(self.zeros, self.bits, self.scales.numel()).float()
+
+    def forward(self) -> Tensor:
+        """Decode: `shape` tensor of `dtype`."""
+        codes = self.unpack_codes().view(self.scales.numel(), -1)
+        values = (codes.float() - self.zero_points()[:, None]) / 2 ** (self.bits - 1)
+        if self.power is not None:
+            values = values.sign() * values.abs() ** (1 / self.power.float())
+        values *= self.scales.float()[:, None]
+        return values.view(self.shape).to(self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says about it beside its buffers."""
+        return {"kind": "uniform"} | super().describe()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the codes; zero points and the power count as scales."""
+        return {
+            "codes": nbytes(self.codes),
+            "scales": nbytes(self.scales) + nbytes(self.zeros) + nbytes(self.power),
+        }
+
+    def groups(self) -> tuple[int, int]:
+        """Codebooks (none) and scales."""
+        return 0, self.scales.numel()
+
+    def _check(self) -> None:
+        if self.codes is None or self.scales is None or self.scales.dim() != 1:
+            raise ValueError("a uniform weight needs codes and scales")
+        expected = packed_bytes(self.count, self.bits)
+        if self.codes.numel() != expected:
+            raise ValueError(f"codes have {self.codes.numel()} bytes, {expected} expected")
+        if self.scales.numel() not in (1, self.rows):
+            raise ValueError(f"{self.scales.numel()} scales for {self.rows} rows")
+        zeros = packed_bytes(self.scales.numel(), self.bits)
+        if self.zeros is not None and self.zeros.numel() != zeros:
+            raise ValueError(f"zero points have {self.zeros.numel()} bytes, {zeros} expected")
+        if self.power is not None and self.power.numel() != 1:
+            raise ValueError(f"{self.power.numel()} powers for one grid")
