@@ -63,6 +63,25 @@ class ImageListConfig(ImageConfig):
 
 
 @dataclass(kw_only=True)
+class MethodConfig:
+    """What compresses: jlcm, with the groups below, or a method that it is compared with.
+
+    `options` are fields of the method's dataclass, added with a plus (+method.options.lr=0.001).
+    """
+
+    name: str = MISSING
+    bits: int | None = None  # of the codes, compared methods only; None: floor(16 / alpha)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RexConfig:
+    """Sparse outliers on top of the codebooks (REx)."""
+
+    outliers: Any = None  # part of the bytes, between 0 and 1, or auto
+
+
+@dataclass(kw_only=True)
 class InitConfig:
     """Clustering of weights and neurons (Table 3)."""
 
@@ -128,6 +147,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = MISSING
+    method: MethodConfig = field(default_factory=MethodConfig)
+    rex: RexConfig = field(default_factory=RexConfig)
     init: InitConfig = field(default_factory=InitConfig)
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     reorder: ReorderConfig = field(default_factory=ReorderConfig)
@@ -166,9 +187,19 @@ def register() -> None:
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """The part of a configuration that decides the result, resolved."""
+    """The part of a configuration that decides the result, resolved.
+
+    Groups that the method does not look at are left out.
+    """
     kept = [key for key in config if key not in NOT_IDENTITY]
-    return OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+    resolved = OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+    if resolved["method"]["name"] == "jlcm_init":
+        del resolved["learn"]
+    elif resolved["method"]["name"] != "jlcm":
+        ends = resolved.pop("encoding")["first_last"]
+        resolved = {k: v for k, v in resolved.items() if k not in ("init", "reorder", "learn")}
+        resolved["encoding"] = {"first_last": ends}
+    return resolved
 
 
 def run_id(config: DictConfig) -> str:

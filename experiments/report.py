@@ -18,7 +18,7 @@ def as_text(record: dict[str, Any]) -> str:
         f"{packed['agreement']:>10.2f}{packed['kl']:>10.4f}{size['file_bytes']:>14,}",
         "",
         f"{config['model']['name']} on {config['data']['kind']}, {original['samples']} images, "
-        f"init {config['init']['method']}, {config['encoding']['kind']}",
+        + _method(config),
         *_learning(record.get("learning", [])),
         f"alpha: goal {config['alpha']:g}, compressed layers {size['alpha_layers']:.3f}, "
         f"whole file {size['alpha_total']:.3f}",
@@ -28,6 +28,13 @@ def as_text(record: dict[str, Any]) -> str:
         *(f"note: {note}" for note in record["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _method(config: dict[str, Any]) -> str:
+    name = config["method"]["name"]
+    if "init" not in config:
+        return name
+    return f"{name}, init {config['init']['method']}, {config['encoding']['kind']}"
 
 
 def _learning(results: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from experiments.config import Config
 from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.models import Network, load_network
+from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import read_record, write_record
-from jlcm.config import ALLOCATIONS, REORDERINGS, Invalid, check_alpha, check_choice
+from jlcm.config import Invalid, check_choice
 from jlcm.files import replacing
 
 PACKED_FILE = "packed.safetensors"
@@ -46,8 +47,8 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
     Raises:
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
-    encoding, init = check_options(config)
-    stages = learning_options(config)
+    check_options(config)
+    compress = compressor(config)
     if not config.force and (record := read_record(folder)) is not None:
         return record
     device = choose_device(config.compute.device)
@@ -56,23 +57,18 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
     check_files(config.data)
     finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
+    reset_peak_rss()
     with _timed(seconds, "load"):
         network = load_network(config.model, config.data, seed=config.seed, device=device)
         data = load_data(
             config.data, network.preprocessing, classes=network.classes, seed=config.seed
         )
     with _timed(seconds, "compress"), _memory_errors():
-        compressed = jlcm.compress(
+        compressed = compress(
             network.module,
             alpha=config.alpha,
-            init=init,
-            encoding=encoding,
-            reorder=config.reorder.mode,
-            example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
-            importance=config.learn.importance,
-            allocation=config.learn.allocation,
             calibration=_calibration_images(data) if needs_calibration(config) else None,
-            **stages,
+            example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
             folder=finished,
             seed=config.seed,
             device=device,
@@ -100,68 +96,13 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         "versions": versions(),
         "notes": compressed.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
-        "stages": {name: asdict(stage) for name, stage in stages.items() if stage},
+        "stages": stages_of(compress.keywords),
         "learning": [asdict(result) for result in compressed.learning],
     }
     write_record(folder, record)
     if config.stages_dir is None:  # only needed to go on after a stop
         shutil.rmtree(finished, ignore_errors=True)
     return read_record(folder)
-
-
-def check_options(config: Config) -> tuple[jlcm.Encoding, jlcm.Init]:
-    """Check every option that needs no data.
-
-    Raises:
-        Invalid: (a ValueError) naming the option and the valid choices.
-    """
-    check_alpha(config.alpha)
-    check_choice("reorder", config.reorder.mode, REORDERINGS)
-    check_choice("learn.allocation", config.learn.allocation, ALLOCATIONS)
-    if config.learn.importance is not None:
-        check_choice("learn.importance", config.learn.importance, ("fisher",))
-    check_choice("output", config.output, ("table", "json"))
-    check_choice("tracking", config.tracking.mode, ("off",))
-    if config.compute.batch_size < 1 or config.compute.workers < 0:
-        raise Invalid("compute.batch_size must be at least 1 and compute.workers at least 0")
-    if config.data.limit is not None and config.data.limit < 1:
-        raise Invalid(f"data.limit={config.data.limit} must be at least 1, or null for all samples")
-    encoding = jlcm.Encoding(
-        kind=config.encoding.kind,
-        budget=config.encoding.budget,
-        fold_bn=config.encoding.fold_bn,
-        first_last=config.encoding.first_last,
-        refit_scales=config.encoding.refit_scales,
-    )
-    return encoding, jlcm.Init(method=config.init.method, features=config.init.features)
-
-
-def learning_options(config: Config) -> dict[str, Any]:
-    """The stages of learning as arguments of `jlcm.compress`, None where one is left out.
-
-    Raises:
-        Invalid: (a ValueError) for an option that does not exist or is out of range.
-    """
-    chosen = config.learn
-    try:
-        learn = jlcm.Learn(kind=chosen.kind, **_tuples(chosen.options))
-        blocks = None if chosen.blocks is None else jlcm.Blocks(**_tuples(chosen.blocks))
-        distill = None if chosen.distill is None else jlcm.Distill(**_tuples(chosen.distill))
-    except TypeError as error:  # an unknown field of the dataclass
-        raise Invalid(f"learn: {error}") from error
-    learn = None if learn.kind == "none" else learn
-    return {"learn": learn, "blocks": blocks, "distill": distill}
-
-
-def needs_calibration(config: Config) -> bool:
-    """Whether any stage looks at calibration images."""
-    learn = config.learn
-    plain = learn.allocation == "uniform" and learn.importance is None
-    return not (plain and learn.kind == "none" and learn.blocks is None and learn.distill is None)
-
-
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def _calibration_images(data: Data) -> Tensor:
@@ -197,10 +138,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def reset_peak_rss() -> None:
+    """Measure `peak_rss_bytes` from here on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss_bytes() -> int:
-    """Largest resident set size of this process so far."""
+    """Largest resident set size of this process since `reset_peak_rss`, or since its start."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        if peaks:
+            return 1024 * int(peaks[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts KiB
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _original_logits(

@@ -28,6 +28,7 @@ from jlcm.layers import (
     store,
     store_norm,
     stored_tensors,
+    unclip,
 )
 from jlcm.packed import PackedWeight, StoredWeight
 from jlcm.uniform import UniformWeight
@@ -243,6 +244,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replace the tensors of a freshly built network by what the file holds."""
+    unclip(model, header["compression"].get("relu", []))
     stored: dict[str, Stored] = dict(packed_weights(header, tensors))
     modules = dict(model.named_modules())
     parts = {f"{n}.{part}" for n, held in stored.items() for part, _ in held.named_buffers()}

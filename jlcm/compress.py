@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jlcm.budget import MAX_BITS, allocate
+from jlcm.budget import HALF, MAX_BITS, allocate
 from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms, norms_after_layers
@@ -29,6 +29,7 @@ from jlcm.learning.distill import Distill
 from jlcm.learning.distill import distill as run_distill
 from jlcm.learning.options import Learn
 from jlcm.learning.sequential import learn_layers
+from jlcm.outliers import add_outliers
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
@@ -44,12 +45,14 @@ class Compression:
         reference_bytes: parameters and floating buffers of the original model at 2 bytes each.
         options: init, encoding, reorder and seed.
         notes: what was done otherwise than asked, one sentence each.
+        relu: names of ReLU6 modules of the original that are plain ReLU in the compressed model.
     """
 
     alpha: float
     reference_bytes: int
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    relu: list[str] = field(default_factory=list)
 
 
 def compress(
@@ -62,6 +65,7 @@ def compress(
     filter_fn: Filter = linear_and_convolution,
     importance: dict[str, Tensor] | str | None = None,
     allocation: str = "uniform",
+    outliers: float = 0.0,
     example_inputs: Any = None,
     calibration: Sequence[Tensor] | Tensor | None = None,
     learn: Learn | None = None,
@@ -91,6 +95,7 @@ def compress(
             estimates them on the calibration inputs.
         allocation: "uniform" (the same bits for all layers, Eq. 3) or "auto" (bits by sensitivity,
             the Fisher information on the calibration inputs, at the same bytes).
+        outliers: part of the bytes for sparse outliers, added to the weights before distillation.
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
             orders can be propagated. Without it orders are only stored.
         calibration: unlabelled inputs, (n, ...) or batches of them, for `learn`, `blocks`,
@@ -117,6 +122,9 @@ def compress(
             calibration inputs.
     """
     alpha = check_alpha(alpha)
+    if not 0 <= outliers < 1:
+        raise Invalid(f"outliers={outliers} must be a part of the bytes, at least 0 and below 1")
+    dense_alpha = check_alpha(alpha / (1 - outliers))
     init = Init(method=init) if isinstance(init, str) else init
     encoding = Encoding(kind=encoding) if isinstance(encoding, str) else encoding
     check_choice("reorder", reorder, REORDERINGS)
@@ -146,6 +154,7 @@ def compress(
             "encoding": asdict(encoding),
             "reorder": reorder,
             "allocation": allocation,
+            "outliers": outliers,
             "seed": seed,
         },
     )
@@ -168,7 +177,7 @@ def compress(
         )
         row_scales = shapes.keys() - _followed_by_norm(model)
     model.to(home)
-    allocations = allocate(shapes, alpha, encoding, harm, row_scales) if shapes else {}
+    allocations = allocate(shapes, dense_alpha, encoding, harm, row_scales) if shapes else {}
     if allocation == "uniform":
         most = max((a.bits for a in allocations.values()), default=0)
         for name, found in allocations.items():
@@ -176,10 +185,11 @@ def compress(
                 summary.notes.append(f"{name}: {found.bits}-bit codes, so that the goal is reached")
 
     propagated: set[str] = set()
+    costs = [importance] + ([fisher] if fisher is not None and fisher is not importance else [])
     if reorder in ("auto", "propagated") and example_inputs is not None:
         try:
             propagated = _propagate(
-                model, example_inputs, allocations, encoding, init, importance, seed, progress
+                model, example_inputs, allocations, encoding, init, costs, seed, progress
             )
         except ReorderError as error:
             summary.notes.append(f"orders are not propagated: {error}")
@@ -200,7 +210,7 @@ def compress(
             always_store_order=reorder == "stored",
             seed=seed,
         )
-    reference = copy.deepcopy(model) if learn or blocks or distill else None
+    reference = copy.deepcopy(model) if learn or blocks or distill or outliers else None
     pack_model(model, packed, folded)
     model.compression, model.learning = summary, []
     if learn:
@@ -213,6 +223,11 @@ def compress(
         model.learning += learn_blocks(
             model, reference, calibration, options=blocks, folder=part, **stage
         )
+    if outliers:
+        inner = [packed[id(weights[name])] for name in shapes]
+        goal = HALF * sum(held.count for held in inner) / alpha
+        rest = int(goal) - sum(sum(held.sizes().values()) for held in inner)
+        add_outliers(model, reference, max(rest, 0), fisher or importance)
     if distill:
         end = _part(folder, "distill")
         model.learning.append(
@@ -279,7 +294,7 @@ def _followed_by_norm(model: nn.Module) -> set[str]:
 
 
 def _propagate(
-    model, example_inputs, allocations, encoding, init, importance, seed, progress
+    model, example_inputs, allocations, encoding, init, costs, seed, progress
 ) -> set[str]:
     """Re-order producers whose order can be moved into their consumers; names of the tensors."""
     kind, moved = kinds(encoding)[0], set()
@@ -296,8 +311,9 @@ def _propagate(
         order = neuron_order(rows.detach().float().cpu(), share, kind, init, seed)
         permute(model, group, order)
         for member in group.members:
-            if member.name in importance:
-                permute_slice(importance[member.name], member, order)
+            for cost in costs:
+                if member.name in cost:
+                    permute_slice(cost[member.name], member, order)
             if member.dim == 0:
                 moved.add(member.name)
     return moved

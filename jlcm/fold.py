@@ -45,19 +45,28 @@ def fold_batch_norms(model: nn.Module) -> set[str]:
     return folded
 
 
+def trace(model: nn.Module) -> fx.Graph:
+    """Graph of a network in which layers, batch norms and attention are single nodes.
+
+    Raises:
+        ValueError: if the network cannot be traced by torch.fx.
+    """
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # torch.fx raises many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"fold_bn needs a network that torch.fx can trace, this one fails: {reason}"
+        ) from error
+
+
 def norms_after_layers(model: nn.Module) -> dict[str, str]:
     """Batch norms by name, each with the convolution or linear layer that alone feeds it.
 
     Raises:
         ValueError: if the network cannot be traced by torch.fx.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # torch.fx raises many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"fold_bn needs a network that torch.fx can trace, this one fails: {reason}"
-        ) from error
+    graph = trace(model)
     modules, pairs = dict(model.named_modules()), {}
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]

@@ -195,3 +195,21 @@ def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 def is_static_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm with running statistics, an affine map at inference."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def unclip(model: nn.Module, names: list[str]) -> None:
+    """Replace clipped activations by plain ReLU, in place.
+
+    Args:
+        model: owner of the activations.
+        names: of ReLU6 modules; those that are ReLU already stay so.
+
+    Raises:
+        AttributeError: if the model has no such module.
+        ValueError: if a module is another one.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.ReLU6 | nn.ReLU):
+            raise ValueError(f"{name} is no ReLU6 but {type(module).__name__}")
+        model.set_submodule(name, nn.ReLU(inplace=module.inplace))

@@ -19,8 +19,18 @@ from jlcm.compress import (
 from jlcm.config import FIRST_LAST, Invalid, check_alpha, check_choice
 from jlcm.encode import encode_int8, relative_error
 from jlcm.fold import fold_batch_norms, norms_after_layers
+from jlcm.methods.adaround import AdaRound, adaround, nearest
+from jlcm.methods.brecq import Brecq, brecq
+from jlcm.methods.dfq import DFQ, dfq
+from jlcm.methods.dkm import DKM, dkm, one_codebook
+from jlcm.methods.lnq import LNQ, kmeans_codebooks, lnq
 from jlcm.methods.network import Network
+from jlcm.methods.nupes import Nupes, nupes, power_grid
+from jlcm.methods.powerquant import PowerQuant, powerquant
+from jlcm.methods.redpp import RedPP, redpp
+from jlcm.methods.rex import REx, rex
 from jlcm.methods.rtn import RTN, rtn
+from jlcm.methods.squant import SQuant, squant
 from jlcm.packed import StoredWeight
 from jlcm.select import Filter, linear_and_convolution, select
 
@@ -45,6 +55,16 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "rtn": Method(RTN, rtn),
+    "dfq": Method(DFQ, dfq),
+    "squant": Method(SQuant, squant),
+    "powerquant": Method(PowerQuant, powerquant),
+    "redpp": Method(RedPP, redpp, folds=False),
+    "rex": Method(REx, rex),
+    "adaround": Method(AdaRound, nearest, adaround),
+    "brecq": Method(Brecq, nearest, brecq),
+    "nupes": Method(Nupes, power_grid, nupes),
+    "lnq": Method(LNQ, kmeans_codebooks, lnq, folds=False),
+    "dkm": Method(DKM, one_codebook, dkm, folds=False),
 }
 
 
@@ -119,20 +139,22 @@ def quantize(
         reference_bytes=reference_bytes(model),
         options={"method": method, **asdict(options), "first_last": first_last, "seed": seed},
         notes=network.notes,
+        relu=network.relu,
     )
     folded = _fold(network) if chosen.folds else set()
     weights = select(model, filter_fn)
     check_range(model, weights)
     ends = {next(iter(weights)), list(weights)[-1]} if first_last == "int8" else set()
-    packed = {name: encode_int8(weights[name]) for name in ends}
     network.weights = {name: weight for name, weight in weights.items() if name not in ends}
     network.bits = dict.fromkeys(network.weights, bits or code_bits(alpha))
     reference = copy.deepcopy(model) if chosen.learn is not None else None
+    packed: dict[str, StoredWeight] = {}
     for name, stored in chosen.encode(network, options).items():
         weight = weights[name].detach().float().cpu()
         squared = (stored().detach().float().cpu() - weight).double().square().sum()
         stored.relative_error = relative_error(squared, weight)
         packed[name] = stored
+    packed |= {name: encode_int8(weights[name]) for name in ends}  # a method may rescale them
     pack_model(model, {id(weights[name]): stored for name, stored in packed.items()}, folded)
     model.compression, model.learning = summary, []
     if chosen.learn is not None:

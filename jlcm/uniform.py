@@ -130,3 +130,5 @@ class UniformWeight(StoredWeight):
             raise ValueError(f"zero points have {self.zeros.numel()} bytes, {zeros} expected")
         if self.power is not None and self.power.numel() != 1:
             raise ValueError(f"{self.power.numel()} powers for one grid")
+        if self.power is not None and not 0 < self.power.item() < float("inf"):
+            raise ValueError(f"a power of {self.power.item()}")

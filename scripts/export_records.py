@@ -17,6 +17,8 @@ COLUMNS = {
     "data": "config.data.kind",
     "samples": "packed.samples",
     "seed": "config.seed",
+    "method": "config.method.name",
+    "first_last": "config.encoding.first_last",
     "init": "config.init.method",
     "encoding": "config.encoding.kind",
     "learn": "config.learn.kind",
@@ -63,7 +65,7 @@ def main() -> None:
     # Stages that a run left out have no options in its record.
     table = frame.reindex(columns=list(COLUMNS.values()))
     table = table.rename(columns={v: k for k, v in COLUMNS.items()})
-    table = table.sort_values(["model", "encoding", "alpha_goal", "init", "seed"])
+    table = table.sort_values(["model", "method", "encoding", "alpha_goal", "init", "seed"])
     table.to_csv(arguments.output, index=False, float_format="%.6g")
     print(f"{len(table)} runs -> {arguments.output}")
 

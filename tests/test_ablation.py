@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from benchmarks import ablation
 from experiments.config import identity, register, run_id
+from experiments.options import check_options, compressor, needs_calibration
 from experiments.records import write_record
-from experiments.runner import check_options, learning_options, needs_calibration
 
 
 def composed(overrides, root):
@@ -25,7 +25,7 @@ def test_rows_are_valid_and_all_different(request):
         raw = composed(overrides, request.config.rootpath)
         config = OmegaConf.to_object(raw)
         check_options(config)
-        stages = learning_options(config)
+        stages = compressor(config).keywords
         assert needs_calibration(config) == (row != "none")
         assert (stages["learn"] is None) == (row == "none")
         learn = json.dumps(identity(raw)["learn"], sort_keys=True)

@@ -9,15 +9,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import DigitsConfig, ImageListConfig, register, run_id
+from experiments.config import DigitsConfig, ImageListConfig, identity, register, run_id
+from experiments.options import AUTO_OUTLIERS, check_options, compressor, needs_calibration
 from experiments.overrides import check_overrides, one_line, valid_keys
-from experiments.runner import (
-    _memory_errors,
-    check_options,
-    choose_device,
-    learning_options,
-    needs_calibration,
-)
+from experiments.runner import _memory_errors, choose_device
+from jlcm.quantize import METHODS
 
 register()
 
@@ -27,17 +23,21 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
+def options_of(*overrides):
+    """Arguments of the call that compresses."""
+    config = OmegaConf.to_object(composed(*overrides))
+    check_options(config)
+    return compressor(config).keywords
+
+
 @pytest.mark.parametrize("init", ["random", "kmeans", "bisecting", "spectral", "hierarchical"])
 def test_every_init_composes_and_is_valid(init):
-    config = OmegaConf.to_object(composed(f"init={init}"))
-    _, chosen = check_options(config)
-    assert chosen.method == init
+    assert options_of(f"init={init}")["init"].method == init
 
 
 @pytest.mark.parametrize("encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "auto"])
 def test_every_encoding_composes_and_is_valid(encoding):
-    chosen, _ = check_options(OmegaConf.to_object(composed(f"encoding={encoding}")))
-    assert chosen.kind == encoding
+    assert options_of(f"encoding={encoding}")["encoding"].kind == encoding
 
 
 def test_groups_become_their_dataclasses():
@@ -89,7 +89,7 @@ def test_alpha_out_of_range(alpha):
 )
 def test_wrong_choices_list_the_right_ones(override, choice):
     with pytest.raises(ValueError, match=choice):
-        check_options(OmegaConf.to_object(composed(override)))
+        options_of(override)
 
 
 def test_unreachable_gpu_is_refused(monkeypatch):
@@ -112,12 +112,11 @@ def test_identity_ignores_the_machine_and_nothing_else():
 )
 def test_every_learn_composes_and_is_valid(kind):
     config = OmegaConf.to_object(composed(f"learn={kind}"))
-    stages = learning_options(config)
+    stages = options_of(f"learn={kind}")
     assert (stages["learn"] is None) == (kind == "none")
     assert (stages["blocks"] is None) == (kind != "blocks")
     assert (stages["distill"] is None) == (kind not in ("distill", "jlcm"))
     assert needs_calibration(config) == (kind != "none")
-    check_options(config)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +136,62 @@ def test_out_of_memory_says_what_to_lower(error):
 
 def test_unknown_learning_options_are_refused():
     with pytest.raises(ValueError, match="learning_rate"):
-        learning_options(OmegaConf.to_object(composed("+learn.options.learning_rate=1")))
+        options_of("+learn.options.learning_rate=1")
     with pytest.raises(ValueError, match="corrected, printed"):
-        learning_options(OmegaConf.to_object(composed("learn=joint", "+learn.options.sign=other")))
+        options_of("learn=joint", "+learn.options.sign=other")
+
+
+CONF_METHODS = [path.stem for path in (Path(__file__).parent.parent / "conf" / "method").iterdir()]
+
+
+def test_every_method_has_a_configuration():
+    assert set(CONF_METHODS) == {"jlcm", "jlcm_init", *METHODS}
+
+
+@pytest.mark.parametrize("method", CONF_METHODS)
+def test_every_method_composes_and_is_valid(method):
+    options = options_of(f"method={method}", "encoding.first_last=int8")
+    config = OmegaConf.to_object(composed(f"method={method}"))
+    if method in METHODS:
+        assert options["method"] == method and options["first_last"] == "int8"
+        assert isinstance(options["options"], METHODS[method].options)
+        assert needs_calibration(config) == (METHODS[method].learn is not None)
+    else:
+        assert options["encoding"].first_last == "int8"
+        assert (options["learn"] is None) == (method == "jlcm_init")
+        assert needs_calibration(config) == (method == "jlcm")
+
+
+def test_a_method_is_identified_by_what_it_looks_at():
+    for other in ("init=kmeans", "encoding=auto", "learn=none", "reorder=none"):
+        assert run_id(composed("method=rtn")) == run_id(composed("method=rtn", other))
+        same = run_id(composed("method=jlcm_init")) == run_id(composed("method=jlcm_init", other))
+        assert same == other.startswith("learn")
+    assert identity(composed("method=rtn"))["encoding"] == {"first_last": "same"}
+    different = ("method.bits=4", "+method.options.range=min_max", "encoding.first_last=int8")
+    assert len({run_id(composed("method=rtn", o)) for o in different}) == len(different)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.name=gptq"], "squant"),
+        (["method=rtn", "+method.options.lr=1"], "lr"),
+        (["method=rtn", "+method.options.range=half"], "min_max"),
+        (["method.bits=4"], "no options of its own"),
+        (["method=rtn", "rex.outliers=auto"], "jlcm_init or rex"),
+        (["rex.outliers=1.5"], "between 0 and 1"),
+        (["rex.outliers=many"], "between 0 and 1"),
+        (["method=dfq", "encoding.first_last=fp8"], "int8"),
+    ],
+)
+def test_wrong_options_of_methods_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        options_of(*overrides)
+
+
+def test_outliers_are_a_part_of_the_bytes():
+    assert options_of("rex.outliers=auto")["outliers"] == AUTO_OUTLIERS
+    assert options_of("rex.outliers=0.1")["outliers"] == 0.1
+    assert options_of()["outliers"] == 0
+    assert options_of("method=rex", "rex.outliers=0.1")["options"].outliers == 0.1

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from conftest import randomise
 from torch import nn
 
 import jlcm
@@ -420,3 +421,29 @@ def test_blocks_between_joined_tokens_are_left_or_learned():
     packed = pack(model, alpha=4)
     for result in learn(packed, model, torch.randn(COUNT, 5, 16)):
         assert result.after <= result.before
+
+
+def test_a_norm_that_holds_a_part_of_the_weight_belongs_to_the_block():
+    torch.manual_seed(0)
+    layers = [
+        layer
+        for width in (3, 16, 16, 16)
+        for layer in (nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    x = randomise(model).eval() and images()
+    options = {"alpha": 5.33, "calibration": x, "learn": jlcm.Learn(), "progress": False}
+    before = jlcm.compress(model, **options)
+    after = jlcm.compress(model, blocks=jlcm.Blocks(epochs=1), **options)
+    blocks = [result for result in after.learning if " .. " in result.name]
+    assert [block.name for block in blocks] == [
+        "0.weight .. 3.weight",
+        "6.weight .. 9.weight",
+        "14.weight .. 14.weight",
+    ]
+    # Layers have been learned up to a scale for each row, which only the norm takes away.
+    assert all(block.before < 0.1 for block in blocks)
+    new = images(64, 9)
+    with torch.no_grad():
+        errors = [float((p(new) - model(new)).square().mean()) for p in (before, after)]
+    assert errors[1] < 1.2 * errors[0]

@@ -421,3 +421,22 @@ def test_gpu_learns_as_well():
     learn(gpu, copy.deepcopy(model), images(80, 1), device="cuda")
     gpu.cpu()
     assert error(gpu, model, images(64, 9)) < 1.2 * error(cpu, model, images(64, 9))
+
+
+def test_biases_are_no_part_of_what_weights_aim_at():
+    """A bias that is not set anew stays, so the objective is not centred: it must not count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
+    x = torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
+    changes = {}
+    for size in (0.0, 20.0):
+        with torch.no_grad():
+            model[2].bias.copy_(torch.linspace(-1, 1, 10) * size)
+        packed = pack(model, alpha=5.33, encoding="multi_codebook")
+        options = Learn(
+            kind="codebook", statistics="none", polish=0, final_least_squares=False, iterations=50
+        )
+        results = learn(packed, model, x, options=options)
+        assert [result.kept for result in results] == ["learned"] * 2
+        changes[size] = dict(stored_tensors(packed))["2.weight"].codebooks
+    assert torch.allclose(changes[0.0], changes[20.0], atol=2e-3)

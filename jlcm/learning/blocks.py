@@ -142,7 +142,7 @@ def learn_blocks(
     store = dict(stored_tensors(packed))
     folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     twin = copy.deepcopy(packed).requires_grad_(False)
-    blocks = _find_blocks(calibration, options.weights)
+    blocks = find_blocks(calibration, options.weights)
     results = []
     bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
@@ -167,7 +167,7 @@ def learn_blocks(
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Nodes from `start` up to `stop` of the graph, and the stored tensors that they read."""
 
     start: int
@@ -176,31 +176,39 @@ class _Run:
     tensors: set[str]
 
 
-def _find_blocks(calibration: Calibration, least: int) -> list[_Run]:
+def find_blocks(calibration: Calibration, least: int) -> list[Run]:
     """Shortest runs between single live tensors with at least so many packed weights.
 
-    The first dimension of these tensors counts the inputs.
+    The norm and the activation after a layer belong to its block: the norm may hold a part of the
+    weight. The first dimension of these tensors counts the inputs.
     """
     owners: dict[str, list[str]] = {}
     kinds = dict(stored_tensors(calibration.packed))
     for name in kinds:
         owners.setdefault(name.rpartition(".")[0], []).append(name)
-    runs, start, weights, tensors = [], 0, [], set()
+    runs, start, stop, weights, tensors, beyond = [], 0, 0, [], set(), set()
     rows = torch.arange(len(calibration.inputs[0])) < 2
     state = calibration.state(0, model=1, rows=rows)
     for i, node in enumerate(calibration.nodes):
-        calibration.run(1, state, i, i + 1)
+        called: list[str] = []
         if node.op == "call_module":
             for owner, names in owners.items():
                 if owner == node.target or owner.startswith(f"{node.target}."):
-                    tensors.update(names)
-                    weights += [n for n in names if isinstance(kinds[n], StoredWeight)]
+                    called += names
+        packed = [name for name in called if isinstance(kinds[name], StoredWeight)]
+        if packed and stop > start:
+            runs.append(Run(start, stop, weights, tensors))
+            start, weights, tensors = stop, [], set()
+        weights, beyond = weights + packed, beyond | set(called)
+        calibration.run(1, state, i, i + 1)
         value = state.get(node)
         inputs_first = isinstance(value, Tensor) and value.dim() and len(value) == int(rows.sum())
-        cut = inputs_first and calibration.live_after(i) == [node]
-        if cut and (len(weights) >= least or i == len(calibration.nodes) - 1):
-            runs.append(_Run(start, i + 1, weights, tensors))
-            start, weights, tensors = i + 1, [], set()
+        alone = inputs_first and calibration.live_after(i) == [node]
+        follows = stop <= start or (stop == i and calibration.completes(node))
+        if alone and follows and len(weights) >= least:
+            stop, tensors, beyond = i + 1, tensors | beyond, set()
+    end = len(calibration.nodes)
+    runs.append(Run(start, end, weights, tensors | beyond))
     return [run for run in runs if run.weights]
 
 

@@ -263,6 +263,11 @@ class Calibration:
             return lambda values: getattr(values, name)(*rest, **kwargs)
         return lambda values: node.target(values, *rest, **kwargs)
 
+    def completes(self, node: fx.Node) -> bool:
+        """Whether a node is a batch norm or an elementwise activation."""
+        module = self._modules[1].get(node.target) if node.op == "call_module" else None
+        return is_static_norm(module) or self._elementwise(node) is not None
+
     def held(self, number: int) -> Tensor:
         """(inputs,) bool: which inputs of a batch are held out."""
         number %= self._given  # a mirror image goes with its original
@@ -354,6 +359,10 @@ class Calibration:
                 env[node] = node.target(*args, **kwargs)
             for used in [n for n in env if self._last[n] <= i]:
                 del env[used]
+
+    def output(self, env: State) -> Any:
+        """What the network returns, from the values after its last node."""
+        return map_arg(self._output.args[0], lambda node: env[node])
 
     def _resolve(self, modules: dict[str, nn.Module], arguments: Any, env: State) -> Any:
         def value(node: fx.Node) -> Any:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,13 @@ from jlcm.learning.forward import (
     to_device,
 )
 from jlcm.learning.resume import read_part, save_part, stage_folder
-from jlcm.learning.trainable import Trainable, optimizer_of, set_rates, trainable_copy
+from jlcm.learning.trainable import (
+    StandIn,
+    Trainable,
+    optimizer_of,
+    set_rates,
+    trainable_copy,
+)
 from jlcm.packed import PackedWeight
 from jlcm.packing import unpack
 
@@ -126,6 +132,8 @@ def distill(
     device: torch.device | str = "cpu",
     progress: bool = True,
     folder: Path | None = None,
+    stand_in: StandIn | None = None,
+    before_step: Callable[[float], None] | None = None,
 ) -> DistillResult:
     """Tune a compressed network in place; its shapes and bytes stay as they are.
 
@@ -143,26 +151,32 @@ def distill(
         progress: show a progress bar.
         folder: where each finished epoch is kept. A run that was interrupted continues there when
             it is called with the same arguments, and ends with the same result.
+        stand_in: makes what is trained in the place of each packed weight, None for its codebooks,
+            scales and, with `lr_codes`, codes. Not with a folder, which cannot tell them apart.
+        before_step: called before each step with the share of the training that is done.
 
     Returns:
         Losses before and after.
 
     Raises:
         ValueError: `packed` is not compressed, fewer than two inputs, outputs that are not tensors
-            of equal shape, a non-finite loss, or a damaged file in the folder. `packed` is then as
-            it was.
+            of equal shape, a non-finite loss, a damaged file in the folder, or `stand_in` with a
+            folder. `packed` is then as it was.
     """
     device = torch.device(device)
     inputs = _joined(batches)
     if next(stored_tensors(packed), None) is None:
         raise ValueError("only a network that jlcm.compress returned can be distilled")
+    if stand_in is not None and folder is not None:
+        raise ValueError("a run with stand_in keeps nothing in a folder: leave one of them out")
     _check_crop(options, inputs)
     initial, home = _snapshot(packed), next(packed.buffers()).device
     was_training = packed.training
     packed.to(device).eval()
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     try:
-        return _Run(packed, reference, inputs, options, seed, device, folder).train(progress)
+        run = _Run(packed, reference, inputs, options, seed, device, folder, stand_in, before_step)
+        return run.train(progress)
     except BaseException:
         _restore(packed, initial)
         raise
@@ -173,16 +187,21 @@ def distill(
 class _Run:
     """State of one run: trainable copy, optimiser, best state so far."""
 
-    def __init__(self, packed, reference, inputs, options, seed, device, folder) -> None:
+    def __init__(
+        self, packed, reference, inputs, options, seed, device, folder, stand_in, before_step
+    ) -> None:
         self.packed, self.reference, self.inputs = packed, reference, inputs
         self.options, self.seed, self.device = options, seed, device
+        self.before_step = before_step or (lambda done: None)
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
         self.targets = outputs_of(reference, self.held, device, "the original network")
         self.initial = _snapshot(packed)
         folder = stage_folder(folder, f"{options!r} {seed}", dict(stored_tensors(packed)), [inputs])
         self.path = None if folder is None else folder / CHECKPOINT
-        self.twin, self.trainables = trainable_copy(packed, reference, codes=options.lr_codes > 0)
+        self.twin, self.trainables = trainable_copy(
+            packed, reference, codes=options.lr_codes > 0, stand_in=stand_in
+        )
         self.optimizer = optimizer_of(
             self._members(),
             lr=options.lr,
@@ -253,6 +272,8 @@ class _Run:
                 mix=options.mix,
             )
             x = to_device(x, self.device)
+            done = (self.epoch + (step + 0.5) / len(batches)) / options.epochs
+            self.before_step(done)
             with precision(options.precision, self.device):
                 with torch.no_grad():
                     target = logits_of(self.reference(x), "the original network")
@@ -261,7 +282,6 @@ class _Run:
             self.optimizer.zero_grad()
             loss.backward()
             self._check_finite(loss)
-            done = (self.epoch + (step + 0.5) / len(batches)) / options.epochs
             set_rates(self.optimizer, done, options.codes_start)
             self.optimizer.step()
             for trainable in self._members():
@@ -295,9 +315,10 @@ class _Run:
 
     def _moved_codes(self) -> float:
         moved = count = 0
-        for name, stored in stored_tensors(self.packed):
+        for name, (_, stored) in self.trainables.items():
             if isinstance(stored, PackedWeight):
-                initial = unpack(self.initial[f"{name}:codes"], stored.bits, stored.count)
+                before = self.initial.get(f"{name}:codes", self.initial.get(f"{name}:base.codes"))
+                initial = unpack(before, stored.bits, stored.count)
                 moved += int((initial != stored.unpack_codes().cpu()).sum())
                 count += stored.count
         return moved / max(count, 1)
@@ -377,14 +398,16 @@ def _snapshot(packed: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}:{part}": buffer.detach().cpu().clone()
         for name, stored in stored_tensors(packed)
-        for part, buffer in stored.named_buffers(recurse=False)
+        for part, buffer in stored.named_buffers()
     }
 
 
 def _restore(packed: nn.Module, state: dict[str, Tensor]) -> None:
     for name, stored in stored_tensors(packed):
-        for part, buffer in list(stored.named_buffers(recurse=False)):
-            setattr(stored, part, state[f"{name}:{part}"].to(buffer.device, copy=True))
+        for part, buffer in list(stored.named_buffers()):
+            owner, _, leaf = part.rpartition(".")
+            value = state[f"{name}:{part}"].to(buffer.device, copy=True)
+            setattr(stored.get_submodule(owner), leaf, value)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -192,12 +192,19 @@ class Deviation:
         return float(loss), 2 * self.scale * (product + self.slope)
 
 
-def quadratic(moments: Moments, *, centred: bool, weights: Tensor | None = None) -> Quadratic:
+def quadratic(
+    moments: Moments,
+    *,
+    centred: bool,
+    offset: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Quadratic:
     """Make the objective from sums.
 
     Args:
         moments: of at least one position.
         centred: take the means out, because a bias or shift that is set afterwards takes them up.
+        offset: (groups, rows) part of Y that a bias makes, which stays as it is; None for none.
         weights: (groups, rows) importance of the rows; None for equal.
 
     Raises:
@@ -207,6 +214,10 @@ def quadratic(moments: Moments, *, centred: bool, weights: Tensor | None = None)
     gram, cross = moments.gram / moments.count, moments.cross / moments.count
     energy = moments.energy / moments.count
     inputs, outputs = moments.inputs / moments.count, moments.outputs / moments.count
+    if offset is not None:
+        cross = cross - offset[:, :, None] * inputs[:, None]
+        energy = (energy - 2 * offset * outputs + offset.square()).clamp(min=0)
+        outputs = outputs - offset
     if centred:
         gram = gram - inputs[:, :, None] * inputs[:, None]
         cross = cross - outputs[:, :, None] * inputs[:, None]

@@ -187,8 +187,12 @@ def _fit(
     """Learn codes, codebooks and scales; returns them and the loss in the course of it."""
     # Where a shift follows, it takes up the mean of the output afterwards.
     centred = target.shift is not None and options.statistics != "none"
-    weights = target.reference.scale.square()
-    problem, outside = (quadratic(m, centred=centred, weights=weights) for m in (train, held))
+    scale = target.reference.scale
+    given = given_affine(target)
+    offset = torch.where(scale != 0, (given.shift - target.reference.shift) / scale, 0.0)
+    problem, outside = (
+        quadratic(m, centred=centred, offset=offset, weights=scale.square()) for m in (train, held)
+    )
     curve: list[float] = []
     if options.kind == "lnq" or options.start == "least_squares":
         problem, damped, factors = _best_start(

@@ -7,18 +7,28 @@ group, exact and without a dense one-hot tensor.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from jlcm.clustering.scalar import assign
+from jlcm.expanded import ExpandedWeight
 from jlcm.layers import STORE, HalfTensor, Stored, stored_tensors
 from jlcm.packed import PackedWeight, group_sizes
 from jlcm.packing import pack
 
 #: Gradient steps of a zero vector (biases that start at 0) are taken in this unit.
 LEAST_UNIT = 1e-2
+
+
+#: A module that stands in for a stored tensor while it is trained. Calling it decodes with
+#: gradients; `project`, `units` and `write` are as in the two classes below.
+Trainable = nn.Module
+#: Makes what stands in for a packed weight, from it and the original weight (None if that is
+#: unknown). Weights for which it returns None are left as they are.
+StandIn = Callable[[PackedWeight, Tensor | None], Trainable | None]
 
 
 class TrainableWeight(nn.Module):
@@ -150,11 +160,8 @@ class TrainableTensor(nn.Module):
         half.values = _rounded(self.values, half.values)
 
 
-Trainable = TrainableWeight | TrainableTensor
-
-
 def trainable_copy(
-    packed: nn.Module, reference: nn.Module, *, codes: bool
+    packed: nn.Module, reference: nn.Module, *, codes: bool, stand_in: StandIn | None = None
 ) -> tuple[nn.Module, dict[str, tuple[Trainable, PackedWeight | HalfTensor]]]:
     """Copy a packed network with everything trainable that costs no bytes to change.
 
@@ -162,13 +169,14 @@ def trainable_copy(
         packed: a compressed network; it is left as it is.
         reference: the original network, whose weights the latent values start at.
         codes: whether codes are learned as well.
+        stand_in: makes what stands in for packed weights, None for `TrainableWeight`.
 
     Returns:
         The copy, in evaluation mode, and by name each trainable tensor with the stored tensor that
         it was made from and is written to. Tensors that modules share come once.
     """
     twin = copy.deepcopy(packed).eval().requires_grad_(False)
-    return twin, attach_trainables(twin, packed, reference, codes=codes)
+    return twin, attach_trainables(twin, packed, reference, codes=codes, stand_in=stand_in)
 
 
 def attach_trainables(
@@ -178,6 +186,7 @@ def attach_trainables(
     *,
     codes: bool,
     names: set[str] | None = None,
+    stand_in: StandIn | None = None,
 ) -> dict[str, tuple[Trainable, PackedWeight | HalfTensor]]:
     """Put trainable tensors, made from the packed network's, into its copy.
 
@@ -187,24 +196,34 @@ def attach_trainables(
         reference: the original network.
         codes: whether codes are learned as well.
         names: of the tensors, None for all.
+        stand_in: makes what stands in for packed weights, None for `TrainableWeight`.
 
     Returns:
         By name each trainable tensor with the stored tensor that it was made from.
     """
     originals = dict(reference.named_parameters())
-    made: dict[int, Trainable] = {}
+    stand_in = stand_in or partial(TrainableWeight, codes=codes)
+    made: dict[int, Trainable | None] = {}
     trainables: dict[str, tuple[Trainable, PackedWeight | HalfTensor]] = {}
-    for name, stored in stored_tensors(packed):
+    for name, whole in stored_tensors(packed):
+        # Of a sum, codebooks and scales of its base are trained; the rest is added as it is.
+        stored = whole.base if isinstance(whole, ExpandedWeight) else whole
         if not _is_trainable(stored) or not (names is None or name in names):
             continue
         if id(stored) not in made:
             if isinstance(stored, PackedWeight):
-                made[id(stored)] = TrainableWeight(stored, originals.get(name), codes=codes)
+                made[id(stored)] = stand_in(stored, originals.get(name))
             else:
                 made[id(stored)] = TrainableTensor(stored)
-            trainables[name] = made[id(stored)], stored
-        module, _, tensor = name.rpartition(".")
-        twin.get_submodule(module)._modules[STORE][tensor] = made[id(stored)]
+            if made[id(stored)] is not None:
+                trainables[name] = made[id(stored)], stored
+        if made[id(stored)] is not None:
+            module, _, tensor = name.rpartition(".")
+            store = twin.get_submodule(module)._modules[STORE]
+            if stored is whole:
+                store[tensor] = made[id(stored)]
+            else:
+                store[tensor].base = made[id(stored)]
     return trainables
 
 

@@ -1,0 +1,188 @@
+"""BRECQ: AdaRound's rounding, learned for the layers of a block together.
+
+Li et al., "BRECQ: Pushing the limit of post-training quantization by block reconstruction", 2021.
+Blocks run between tensors that alone are live, such as residual blocks. In the paper the first and
+the last layer have 8 bits: `first_last="int8"`.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jlcm.config import Invalid, check_choice
+from jlcm.layers import STORE
+from jlcm.learning.blocks import Run, find_blocks
+from jlcm.learning.calibration import Calibration
+from jlcm.learning.forward import PRECISIONS, divergence, logits_of, precision
+from jlcm.learning.sequential import LayerResult
+from jlcm.methods.adaround import AdaRound, adaround
+from jlcm.methods.network import Network
+from jlcm.methods.reconstruction import (
+    Rounding,
+    Steps,
+    accept,
+    calibration_of,
+    originals,
+    snapshot,
+    train,
+    uniform_weights,
+)
+
+LOSSES = ("mse", "fisher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brecq(Steps):
+    """Options of BRECQ. The paper takes 20,000 steps of 0.001.
+
+    Attributes:
+        iterations: gradient steps for each block.
+        lr: step size of Adam for the roundings.
+        loss: mse (its public code's default) or fisher: errors of a block's output weighted by the
+            squared gradient of the divergence of the network's output.
+        weights: weights of a block at least; shorter runs are joined to the next.
+        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+    """
+
+    iterations: int = 500
+    lr: float = 0.03
+    loss: str = "mse"
+    weights: int = 2
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.weights < 1:
+            raise Invalid(f"weights={self.weights} must be at least 1")
+
+
+def brecq(
+    packed: nn.Module, reference: nn.Module, network: Network, options: Brecq
+) -> list[LayerResult]:
+    """Learn the rounding of every block in forward order, in place.
+
+    Args:
+        packed: network with uniform weights, rounded to nearest.
+        reference: its full-precision original.
+        network: calibration inputs, seed and device.
+        options: of the method.
+
+    Returns:
+        One result for each block; its errors are those on the calibration inputs.
+
+    Raises:
+        ValueError: calibration set empty or too small, or a loss that is not finite.
+    """
+    calibration = calibration_of(packed, reference, network, positions=1, memory=options.memory)
+    if calibration.nodes is None:
+        network.notes.append("the network cannot be traced into blocks: layer by layer (AdaRound)")
+        return adaround(packed, reference, network, AdaRound(memory=options.memory))
+    twin = copy.deepcopy(packed).requires_grad_(False)
+    weights, results = originals(reference), []
+    blocks = find_blocks(calibration, options.weights)
+    bar = tqdm(blocks, desc="reconstruct", unit="block", disable=not network.progress, leave=False)
+    for block in bar:
+        began = time.perf_counter()
+        held = uniform_weights(packed, block.weights)
+        if not held:  # an end in 8 bits
+            continue
+        roundings = {name: Rounding(part, weights[name]) for name, part in held.items()}
+        for name, rounding in roundings.items():
+            owner, _, tensor = name.rpartition(".")
+            twin.get_submodule(owner)._modules[STORE][tensor] = rounding.to(network.device)
+        learner = _Block(calibration, block, twin, options, network.seed)
+        name = f"{block.weights[0]} .. {block.weights[-1]}"
+        result = LayerResult(name=name, before=learner.error())
+        state = snapshot(held)
+        result.curve = train(roundings.values(), learner.loss, options, name)
+        for tensor_name, rounding in roundings.items():
+            rounding.write(held[tensor_name])
+        result = accept(result, learner.error(), held, state)
+        result.seconds = time.perf_counter() - began
+        results.append(result)
+        bar.set_postfix_str(f"{name} {result.before:.4f} -> {result.after:.4f}")
+    for name, note in calibration.skipped.items():
+        results.append(LayerResult(name=name, note=f"rounded to nearest: {note}"))
+    return results
+
+
+class _Block:
+    """Inputs and wanted outputs of a block."""
+
+    def __init__(
+        self, calibration: Calibration, run: Run, twin: nn.Module, options: Brecq, seed: int
+    ) -> None:
+        self.calibration, self.run, self.options = calibration, run, options
+        self.modules, self.end = dict(twin.named_modules()), calibration.nodes[run.stop - 1]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order: list[int] = []
+        self.targets = self._targets()
+        centred = torch.cat([t.flatten(1) for t in self.targets])
+        centred = centred - centred.mean(0)
+        self.variance = max(float(centred.square().sum(1).mean()), 1e-30)
+        self.importance: list[Tensor] | None = None
+        if options.loss == "fisher":
+            self.importance = [self._gradients(number) for number in range(len(self.targets))]
+
+    def loss(self, step: int) -> Tensor:
+        """Squared error of a batch, summed over channels, its mean over images and positions."""
+        if not self.order:
+            count = len(self.targets)
+            self.order = torch.randperm(count, generator=self.generator).tolist()
+        number = self.order.pop()
+        state = self._state(number, model=0)
+        with precision(self.options.precision, self.calibration.device):
+            self.calibration.run(0, state, self.run.start, self.run.stop, modules=self.modules)
+            squared = (state[self.end].float() - self._on_device(self.targets[number])).square()
+            if self.importance is not None:
+                squared = squared * self._on_device(self.importance[number])
+            # Channels are the second dimension of images, the last of tokens.
+            return squared.sum(1 if squared.dim() == 4 else -1).mean()
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Squared error of the packed block on all inputs over the variance of the targets."""
+        total = count = 0.0
+        for number, target in enumerate(self.targets):
+            state = self._state(number, model=0)
+            self.calibration.run(0, state, self.run.start, self.run.stop)
+            difference = state[self.end].float() - self._on_device(target)
+            total, count = total + float(difference.square().sum()), count + len(target)
+        return total / count / self.variance
+
+    @torch.no_grad()
+    def _targets(self) -> list[Tensor]:
+        targets = []
+        for number, _ in enumerate(self.calibration.states(self.run.start, keep=True)):
+            state = self._state(number, model=1)
+            self.calibration.run(1, state, self.run.start, self.run.stop)
+            targets.append(state[self.end].float().cpu())
+        return targets
+
+    def _gradients(self, number: int) -> Tensor:
+        """Squared gradient of the divergence for each output of the block, (|g| + 1)^2."""
+        calibration, nodes = self.calibration, self.calibration.nodes
+        state = self._state(number, model=0)
+        calibration.run(0, state, self.run.start, self.run.stop)
+        state[self.end] = output = state[self.end].detach().requires_grad_(True)
+        whole = self._state(number, model=1)
+        with torch.no_grad():
+            calibration.run(1, whole, self.run.start, len(nodes))
+        calibration.run(0, state, self.run.stop, len(nodes))
+        logits, target = (logits_of(calibration.output(s), "the network") for s in (state, whole))
+        (gradient,) = torch.autograd.grad(divergence(logits, target) * len(output), output)
+        return (gradient.abs() + 1).square().cpu()
+
+    def _state(self, number: int, model: int) -> dict:
+        rows = torch.ones(len(self.calibration.inputs[number]), dtype=torch.bool)
+        return self.calibration.state(number, model=model, rows=rows)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.calibration.device)

@@ -1,0 +1,210 @@
+"""What AdaRound, BRECQ and NUPES share: gradient steps on how weights are rounded.
+
+A rounding stands in for a stored weight while it is trained: its forward decodes with gradients,
+`penalty` pushes it towards one level each, and `write` stores what it has come to.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from jlcm.config import Invalid
+from jlcm.layers import stored_tensors
+from jlcm.learning.calibration import Calibration
+from jlcm.learning.sequential import LayerResult
+from jlcm.methods.grid import Grid
+from jlcm.methods.network import Network
+from jlcm.uniform import UniformWeight
+
+#: AdaRound's stretch of the sigmoid beyond 0 and 1, which it thereby reaches.
+LOW, HIGH = -0.1, 1.1
+#: Part of the calibration inputs that `Calibration` tells apart; nothing here uses it.
+_HELD_OUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Options of the reconstruction.
+
+    Attributes:
+        iterations: gradient steps for each layer or block.
+        lr: step size of Adam for the roundings.
+        lambda_: weight of the penalty on roundings between levels.
+        warmup: part of the iterations without that penalty.
+        beta: its exponent at the end of the warm-up and at the last iteration.
+        memory: bytes of activations kept in memory.
+    """
+
+    iterations: int = 2000
+    lr: float = 0.01
+    lambda_: float = 0.01
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    memory: int = 2 * 2**30
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.iterations < 1:
+            raise Invalid(f"iterations={self.iterations} must be at least 1")
+        for name in ("lr", "lambda_", "memory"):
+            if not getattr(self, name) >= 0:
+                raise Invalid(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.warmup < 1:
+            raise Invalid(f"warmup={self.warmup} must be at least 0 and below 1")
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise Invalid(f"beta={self.beta} must be two positive exponents")
+
+
+class Rounding(nn.Module):
+    """AdaRound's rounding up or down: code = floor(W / step) + h(V) (Nagel et al., 2020, Eq. 22).
+
+    Attributes:
+        choice: V, (rows, columns) float32 parameter; h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1).
+    """
+
+    def __init__(self, stored: UniformWeight, weight: Tensor) -> None:
+        """Start where the decoded weight is the original one, as far as the grid reaches.
+
+        Args:
+            stored: gives the grid.
+            weight: full-precision weight of the same shape.
+        """
+        super().__init__()
+        self.shape, self.dtype = stored.shape, stored.dtype
+        grid = grid_of(stored)
+        position = grid.position(weight.detach().float().reshape(stored.rows, -1))
+        self.levels = 2**stored.bits - 1
+        self.register_buffer("step", grid.step)
+        self.register_buffer("offset", grid.offset)
+        self.register_buffer("floor", position.floor())
+        part = (position - position.floor() - LOW) / (HIGH - LOW)
+        self.choice = nn.Parameter(torch.logit(part))
+
+    def forward(self) -> Tensor:
+        """The weight with its present rounding: `shape` tensor of `dtype`."""
+        codes = (self.floor + self._up()).clamp(0, self.levels)
+        return ((codes - self.offset) * self.step).view(self.shape).to(self.dtype)
+
+    def penalty(self, beta: float) -> Tensor:
+        """Sum of 1 - |2 h - 1|^beta: zero where every weight is rounded up or down (Eq. 24)."""
+        return (1 - (2 * self._up() - 1).abs().pow(beta)).sum()
+
+    def parameter_groups(self, options: Steps) -> list[dict]:
+        """What Adam trains."""
+        return [{"params": [self.choice], "lr": options.lr}]
+
+    @torch.no_grad()
+    def write(self, stored: UniformWeight) -> None:
+        """Store the nearer of the two levels for each weight; shapes and bytes stay."""
+        codes = (self.floor + (self._up() >= 0.5)).clamp(0, self.levels)
+        stored.codes.copy_(grid_of(stored).stored(codes, stored.shape, stored.dtype).codes)
+
+    def _up(self) -> Tensor:
+        return (self.choice.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def grid_of(stored: UniformWeight) -> Grid:
+    """The grid of a stored weight, on its device."""
+    zeros = None if stored.zeros is None else stored.zero_points()[:, None]
+    return Grid(stored.scales.float()[:, None], zeros, stored.bits)
+
+
+def train(
+    roundings: Iterable[nn.Module],
+    loss: Callable[[int], Tensor],
+    options: Steps,
+    name: str,
+) -> list[float]:
+    """Minimise a loss plus the penalty, which sets in after a warm-up and hardens (Eq. 25).
+
+    Args:
+        roundings: what is trained.
+        loss: reconstruction error at a step.
+        options: of the steps.
+        name: of the layer or block, for the error.
+
+    Returns:
+        A hundred reconstruction errors in the course of the training, or one for each step.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
+    """
+    roundings = list(roundings)
+    groups = [group for rounding in roundings for group in rounding.parameter_groups(options)]
+    optimizer = torch.optim.Adam(groups)
+    free, curve = options.warmup * options.iterations, []
+    first, last = options.beta
+    for step in range(options.iterations):
+        error = loss(step)
+        total = error
+        if step >= free:
+            done = (step - free) / max(options.iterations - free, 1)
+            beta = last + (first - last) * (1 - done)
+            total = error + options.lambda_ * sum(r.penalty(beta) for r in roundings)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        if step % max(options.iterations // 100, 1) == 0:
+            if not error.isfinite():
+                raise ValueError(f"the loss of {name} is NaN or infinite: lower the lr")
+            curve.append(error.item())
+    return curve
+
+
+def calibration_of(
+    packed: nn.Module, reference: nn.Module, network: Network, *, positions: int, memory: int
+) -> Calibration:
+    """Both networks on the calibration inputs, prepared for reconstruction.
+
+    Raises:
+        ValueError: calibration set empty or too small, or not finite.
+    """
+    packed.to(network.device)
+    return Calibration(
+        packed,
+        reference.eval().to(network.device),
+        network.calibration,
+        forward_batch=32,
+        memory=memory,
+        positions=positions,
+        held_out=_HELD_OUT,
+        seed=network.seed,
+        device=network.device,
+    )
+
+
+def originals(reference: nn.Module) -> dict[str, Tensor]:
+    """Full-precision weights by name."""
+    return dict(reference.named_parameters())
+
+
+def uniform_weights(packed: nn.Module, names: Iterable[str]) -> dict[str, UniformWeight]:
+    """Those of the named stored tensors that have a uniform or power grid."""
+    store = dict(stored_tensors(packed))
+    found = {name: store[name] for name in names}
+    return {name: held for name, held in found.items() if isinstance(held, UniformWeight)}
+
+
+def snapshot(weights: dict[str, UniformWeight]) -> dict[str, Tensor]:
+    """Copies of all that is stored of some weights."""
+    return {f"{n} {k}": t.clone() for n, held in weights.items() for k, t in held.named_buffers()}
+
+
+def restore(weights: dict[str, UniformWeight], state: dict[str, Tensor]) -> None:
+    """Put back what `snapshot` returned."""
+    for name, held in weights.items():
+        for part, tensor in held.named_buffers():
+            tensor.copy_(state[f"{name} {part}"])
+
+
+def accept(
+    result: LayerResult, after: float, weights: dict[str, UniformWeight], state: dict[str, Tensor]
+) -> LayerResult:
+    """Keep the learned rounding if the calibration error fell, else the one before."""
+    if after < result.before:
+        return replace(result, after=after, kept="learned")
+    restore(weights, state)
+    note = "no better on the calibration inputs: rounded to nearest"
+    return replace(result, after=result.before, note=note)
