@@ -33,13 +33,17 @@ from jlcm.methods.reconstruction import (
 from jlcm.packed import StoredWeight
 from jlcm.uniform import UniformWeight
 
+#: Elements of a step's inputs at the most, as far as that leaves so many positions.
+MOST_ELEMENTS, LEAST_BATCH = 2**22, 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaRound(Steps):
     """Options of AdaRound. The paper takes 10,000 to 20,000 steps of 0.001.
 
     Attributes:
-        batch_size: positions (pixels, tokens) of a step.
+        batch_size: positions (pixels, tokens) of a step; fewer, down to 128, for depthwise
+            convolutions of many channels, whose inputs are large.
         positions: positions kept for each input of a neuron, at least 32,768 together.
     """
 
@@ -147,7 +151,6 @@ class _Columns:
     ) -> None:
         layer: Layer = calibration.layers[index]
         bias = getattr(packed.get_submodule(layer.name.rpartition(".")[0]), "bias", None)
-        self.size = options.batch_size
         self.activation = layer.activation or (lambda outputs: outputs)
         inputs, targets = [], []
         for x, y, _ in calibration.pairs(index):
@@ -161,6 +164,8 @@ class _Columns:
         self.inputs = torch.cat(inputs, -1)[..., order.to(inputs[0].device)]
         self.targets = self.activation(torch.cat(targets, -1)[..., order.to(targets[0].device)])
         groups, rows = self.targets.shape[:2]
+        most = MOST_ELEMENTS // (groups * self.inputs.shape[1])
+        self.size = min(options.batch_size, max(most, LEAST_BATCH))
         self.bias = 0.0 if bias is None else bias.detach().float().view(groups, rows, 1)
         centred = self.targets - self.targets.mean(-1, keepdim=True)
         self.variance = max(float(centred.double().square().sum() / count), 1e-30)
