@@ -36,6 +36,7 @@ COLUMNS = {
     "kl": "packed.kl",
     "compress_seconds": "seconds.compress",
     "peak_rss_bytes": "peak_rss_bytes",
+    "notes": "notes",
 }
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     # Stages that a run left out have no options in its record.
     table = frame.reindex(columns=list(COLUMNS.values()))
     table = table.rename(columns={v: k for k, v in COLUMNS.items()})
+    table["notes"] = table["notes"].map("; ".join)
     table = table.sort_values(["model", "method", "encoding", "alpha_goal", "init", "seed"])
     table.to_csv(arguments.output, index=False, float_format="%.6g")
     print(f"{len(table)} runs -> {arguments.output}")
