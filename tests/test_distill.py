@@ -230,6 +230,22 @@ def test_initial_state_is_kept_when_nothing_improves():
     assert same(before, state(packed))
 
 
+@pytest.mark.parametrize(("gains", "kept"), [((0.5, -0.3, 0.0, 0.0), False), ((0.2, 0.1), True)])
+def test_a_gain_within_its_standard_error_is_not_kept(monkeypatch, gains, kept):
+    reference = network()
+    packed = compressed(reference)
+    before = state(packed)
+
+    def losses(self):
+        changed = not same(before, state(self.packed))
+        return 1 - torch.tensor(gains) * changed
+
+    monkeypatch.setattr(module._Run, "_held_out_losses", losses)
+    result = run(packed, reference, epochs=1)
+    assert (result.best_epoch == 1) == kept == (result.final_loss < result.initial_loss)
+    assert same(before, state(packed)) != kept
+
+
 def test_file_that_the_network_was_loaded_from_stays_as_it_is(tmp_path):
     reference, path = network(), tmp_path / "m.safetensors"
     jlcm.save(compressed(reference), path)

@@ -25,6 +25,7 @@ from jlcm.learning.forward import (
     PRECISIONS,
     augment,
     divergence,
+    divergences,
     logits_of,
     outputs_of,
     precision,
@@ -109,7 +110,7 @@ class DistillResult:
     Attributes:
         initial_loss: mean Kullback-Leibler divergence (nats per output row) of the held-out
             inputs before.
-        final_loss: after; equal to the initial one if nothing improved.
+        final_loss: after; equal to the initial one if nothing improved beyond doubt.
         best_epoch: epoch whose state was kept, counted from 1; 0 for the initial state.
         history: per epoch, mean training loss and held-out loss.
         moved_codes: share of the codes that differ from the initial ones.
@@ -138,7 +139,7 @@ def distill(
     """Tune a compressed network in place; its shapes and bytes stay as they are.
 
     After each epoch the state is rounded as it is stored, and the best state by the held-out inputs
-    is kept. That never is one worse than the initial state.
+    is kept, if it is better than the initial one by more than the standard error of the difference.
 
     Args:
         packed: returned by `jlcm.compress`.
@@ -209,7 +210,7 @@ class _Run:
             lr_codes=options.lr_codes,
         )
         self.epoch, self.history = 0, []
-        self.initial_loss = self.best_loss = self._held_out_loss()
+        self.initial_loss = self.best_loss = self._held_out_losses().mean().item()
         self.best, self.best_epoch = self.initial, 0
 
     def train(self, progress: bool) -> DistillResult:
@@ -228,7 +229,7 @@ class _Run:
             while self.epoch < self.options.epochs:
                 trained = self._epoch()
                 self._write()
-                loss = self._held_out_loss()
+                loss = self._held_out_losses().mean().item()
                 self.epoch += 1
                 self.history.append((trained, loss))
                 if loss < self.best_loss:
@@ -241,13 +242,20 @@ class _Run:
         return self._finish()
 
     def _finish(self) -> DistillResult:
+        _restore(self.packed, self.initial)
+        before = self._held_out_losses()
         _restore(self.packed, self.best)
-        loss = self._held_out_loss()
+        after = self._held_out_losses()
+        loss = after.mean().item()
         if not math.isclose(loss, self.best_loss, rel_tol=1e-3, abs_tol=1e-6):
             raise ValueError(
                 f"the network written back has a held-out loss of {loss:.6g}, "
                 f"{self.best_loss:.6g} was measured: its outputs are not reproducible"
             )
+        gains = before - after
+        if len(gains) > 1 and gains.mean() <= gains.std() / len(gains) ** 0.5:
+            _restore(self.packed, self.initial)
+            self.best_epoch, self.best_loss = 0, self.initial_loss
         return DistillResult(
             initial_loss=self.initial_loss,
             final_loss=self.best_loss,
@@ -304,14 +312,15 @@ class _Run:
         for trainable, stored in self.trainables.values():
             trainable.write(stored)
 
-    def _held_out_loss(self) -> float:
+    def _held_out_losses(self) -> Tensor:
+        """(rows,) divergence of each output row of the held-out inputs."""
         outputs = outputs_of(self.packed, self.held, self.device, "the compressed network")
         if outputs.shape != self.targets.shape:
             raise ValueError(
                 f"the compressed network's outputs have shape {tuple(outputs.shape)}, "
                 f"the original's {tuple(self.targets.shape)}: give the network it was made from"
             )
-        return divergence(outputs, self.targets).item()
+        return divergences(outputs, self.targets)
 
     def _moved_codes(self) -> float:
         moved = count = 0

@@ -72,10 +72,17 @@ def _window(image: Tensor, size: Sequence[int], generator: torch.Generator) -> T
 
 def divergence(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean KL(target || output) over rows of the last dimension, times the squared temperature."""
-    output = (output.float() / temperature).log_softmax(-1).flatten(0, -2)
-    target = (target.float() / temperature).log_softmax(-1).flatten(0, -2)
-    divergence = nn.functional.kl_div(output, target, log_target=True, reduction="batchmean")
-    return divergence * temperature**2
+    return (
+        divergences(output.float() / temperature, target.float() / temperature).mean()
+        * temperature**2
+    )
+
+
+def divergences(output: Tensor, target: Tensor) -> Tensor:
+    """(rows,) float32 KL(target || output) of each row of the last dimension."""
+    output = output.float().log_softmax(-1).flatten(0, -2)
+    target = target.float().log_softmax(-1).flatten(0, -2)
+    return nn.functional.kl_div(output, target, log_target=True, reduction="none").sum(-1)
 
 
 def logits_of(output: object, network: str) -> Tensor:
