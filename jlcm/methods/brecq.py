@@ -124,9 +124,11 @@ class _Block:
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
         self.targets = self._targets()
-        centred = torch.cat([t.flatten(1) for t in self.targets])
-        centred = centred - centred.mean(0)
-        self.variance = max(float(centred.square().sum(1).mean()), 1e-30)
+        # Batch by batch: outputs of early blocks take gigabytes.
+        count = sum(map(len, self.targets))
+        mean = sum(target.sum(0) for target in self.targets) / count
+        squared = sum(float((target - mean).square().sum()) for target in self.targets)
+        self.variance = max(squared / count, 1e-30)
         self.importance: list[Tensor] | None = None
         if options.loss == "fisher":
             self.importance = [self._gradients(number) for number in range(len(self.targets))]
