@@ -53,6 +53,12 @@ def code_bits(alpha: float) -> int:
     return min(math.floor(16 / alpha), MAX_BITS)
 
 
+def goal_bytes(count: int, alpha: float) -> int:
+    """Bytes that alpha leaves for so many weights."""
+    # Exact: 132 bytes at alpha 8.8 leave 15, in floating point 14.
+    return math.floor(HALF * count / Fraction(repr(float(alpha))))
+
+
 def codebook_bytes(bits: int) -> int:
     """Bytes of one codebook of 2**bits float16 codewords."""
     return HALF * 2**bits
@@ -134,8 +140,7 @@ def allocate(
     if encoding.budget == "per_layer":
         return {n: replace(p, nbytes=_printed_rule(p, alpha, encoding)) for n, p in plans.items()}
     total = sum(p.count for p in plans.values())
-    # Exact: 132 bytes at alpha 8.8 leave 15, in floating point 14.
-    budget = math.floor(HALF * total / Fraction(repr(float(alpha))))
+    budget = goal_bytes(total, alpha)
     reserve = {}
     if distortions is not None:
         if encoding.kind == "multi_scale":  # which counts one scale already

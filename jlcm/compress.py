@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jlcm.budget import HALF, MAX_BITS, allocate
+from jlcm.budget import MAX_BITS, allocate, goal_bytes
 from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms, norms_after_layers
@@ -167,7 +167,7 @@ def compress(
         fisher = fisher_information(model, weights, calibration, **stage)
     importance = fisher if importance == "fisher" else _check_importance(importance, weights)
 
-    ends = {next(iter(weights)), list(weights)[-1]} if encoding.first_last == "int8" else set()
+    ends = eight_bit_ends(weights, encoding.first_last)
     shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
     harm, row_scales = None, set()
     if allocation == "auto":
@@ -225,8 +225,8 @@ def compress(
         )
     if outliers:
         inner = [packed[id(weights[name])] for name in shapes]
-        goal = HALF * sum(held.count for held in inner) / alpha
-        rest = int(goal) - sum(sum(held.sizes().values()) for held in inner)
+        goal = goal_bytes(sum(held.count for held in inner), alpha)
+        rest = goal - sum(sum(held.sizes().values()) for held in inner)
         add_outliers(model, reference, max(rest, 0), fisher or importance)
     if distill:
         end = _part(folder, "distill")
@@ -244,6 +244,11 @@ def reference_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and floating buffers at 16 bits: what alpha_total refers to."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(2 * t.numel() for t in tensors if t.is_floating_point())
+
+
+def eight_bit_ends(weights: dict[str, nn.Parameter], first_last: str) -> set[str]:
+    """Names of the weights that get 8 bits: the first and the last where `first_last` is int8."""
+    return {next(iter(weights)), list(weights)[-1]} if first_last == "int8" else set()
 
 
 def check_model(model: nn.Module) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jlcm.clustering.scalar import FP16_MAX
 from jlcm.packed import StoredWeight, nbytes
 from jlcm.packing import pack, pack_integers, packed_bytes, unpack, unpack_integers
 from jlcm.uniform import UniformWeight
 
 VALUE_BITS = 16
-_LARGEST = 65504.0
 
 
 class ExpandedWeight(StoredWeight):
@@ -169,7 +169,7 @@ def expand(
         if int(_gaps(positions).min()) < 0:
             raise ValueError("positions of outliers must ascend from 0 or more")
         width = gap_width(positions)
-        values = differences.clamp(-_LARGEST, _LARGEST).to(torch.float16)
+        values = differences.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
         spread, values = _fill_gaps(positions, values, width)
         sparse = {"gaps": pack_integers(_gaps(spread), width), "values": values, "gap_bits": width}
     return ExpandedWeight(

@@ -13,6 +13,7 @@ from jlcm.compress import (
     Compression,
     check_model,
     check_range,
+    eight_bit_ends,
     pack_model,
     reference_bytes,
 )
@@ -144,7 +145,7 @@ def quantize(
     folded = _fold(network) if chosen.folds else set()
     weights = select(model, filter_fn)
     check_range(model, weights)
-    ends = {next(iter(weights)), list(weights)[-1]} if first_last == "int8" else set()
+    ends = eight_bit_ends(weights, first_last)
     network.weights = {name: weight for name, weight in weights.items() if name not in ends}
     network.bits = dict.fromkeys(network.weights, bits or code_bits(alpha))
     reference = copy.deepcopy(model) if chosen.learn is not None else None

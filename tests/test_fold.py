@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise
+from folding import Net
 from torch import Tensor, nn
 
 import jlcm
@@ -36,20 +36,6 @@ def test_function_is_preserved(cnn, images):
     assert names == {n for n, m in cnn.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
-class Network(nn.Module):
-    """Layers as attributes, the forward given as a function."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        randomise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
 def conv(biased: bool = False, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(4, 4, 1, bias=biased, groups=groups)
 
@@ -57,40 +43,40 @@ def conv(biased: bool = False, groups: int = 1) -> nn.Conv2d:
 X = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 
 CASES = {
-    "bias": (Network(lambda m, x: m.n(m.c(x)), c=conv(True), n=nn.BatchNorm2d(4)), {"n"}),
-    "depthwise": (Network(lambda m, x: m.n(m.c(x)), c=conv(groups=4), n=nn.BatchNorm2d(4)), {"n"}),
-    "keyword": (Network(lambda m, x: m.n(input=m.c(x)), c=conv(), n=nn.BatchNorm2d(4)), {"n"}),
+    "bias": (Net(lambda m, x: m.n(m.c(x)), c=conv(True), n=nn.BatchNorm2d(4)), {"n"}),
+    "depthwise": (Net(lambda m, x: m.n(m.c(x)), c=conv(groups=4), n=nn.BatchNorm2d(4)), {"n"}),
+    "keyword": (Net(lambda m, x: m.n(input=m.c(x)), c=conv(), n=nn.BatchNorm2d(4)), {"n"}),
     "without affine": (
-        Network(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.BatchNorm2d(4, affine=False)),
+        Net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.BatchNorm2d(4, affine=False)),
         {"n"},
     ),
     "output used twice": (
-        Network(lambda m, x: m.n(y := m.c(x)) + y, c=conv(), n=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.n(y := m.c(x)) + y, c=conv(), n=nn.BatchNorm2d(4)),
         set(),
     ),
     "layer called twice": (
-        Network(lambda m, x: m.n(m.c(m.c(x))), c=conv(), n=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.n(m.c(m.c(x))), c=conv(), n=nn.BatchNorm2d(4)),
         set(),
     ),
     "norm called twice": (
-        Network(lambda m, x: m.n(m.c(x)) + m.n(x), c=conv(), n=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.n(m.c(x)) + m.n(x), c=conv(), n=nn.BatchNorm2d(4)),
         set(),
     ),
     "norm of two layers": (
-        Network(lambda m, x: m.n(m.c(x)) + m.n(m.d(x)), c=conv(), d=conv(), n=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.n(m.c(x)) + m.n(m.d(x)), c=conv(), d=conv(), n=nn.BatchNorm2d(4)),
         set(),
     ),
     "activation between": (
-        Network(lambda m, x: m.n(m.c(x).relu()), c=conv(), n=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.n(m.c(x).relu()), c=conv(), n=nn.BatchNorm2d(4)),
         set(),
     ),
-    "norm first": (Network(lambda m, x: m.c(m.n(x)), c=conv(), n=nn.BatchNorm2d(4)), set()),
+    "norm first": (Net(lambda m, x: m.c(m.n(x)), c=conv(), n=nn.BatchNorm2d(4)), set()),
     "statistics of the batch": (
-        Network(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.BatchNorm2d(4, track_running_stats=False)),
+        Net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.BatchNorm2d(4, track_running_stats=False)),
         set(),
     ),
     "two norms": (
-        Network(lambda m, x: m.k(m.n(m.c(x))), c=conv(), n=nn.BatchNorm2d(4), k=nn.BatchNorm2d(4)),
+        Net(lambda m, x: m.k(m.n(m.c(x))), c=conv(), n=nn.BatchNorm2d(4), k=nn.BatchNorm2d(4)),
         {"n"},
     ),
 }
@@ -103,28 +89,28 @@ def test_only_what_is_safe_is_folded(case):
 
 
 def test_layer_with_a_shared_weight_is_left_alone():
-    model = Network(lambda m, x: m.n(m.c(x)) + m.d(x), c=conv(), d=conv(), n=nn.BatchNorm2d(4))
+    model = Net(lambda m, x: m.n(m.c(x)) + m.d(x), c=conv(), d=conv(), n=nn.BatchNorm2d(4))
     model.d.weight = model.c.weight
     assert same(model, X) == set()
 
 
 def test_linear_along_another_dimension_is_left_alone():
-    model = Network(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 7), n=nn.BatchNorm1d(4))
+    model = Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 7), n=nn.BatchNorm1d(4))
     assert same(model, X[..., 0]) == set()
 
 
 def test_linear_and_norm_of_features():
-    model = Network(lambda m, x: m.n(m.c(x)), c=nn.Linear(4, 7), n=nn.BatchNorm1d(7))
+    model = Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(4, 7), n=nn.BatchNorm1d(7))
     assert same(model, X[..., 0, 0]) == {"n"}
 
 
 def test_float64_stays_precise():
-    model = Network(lambda m, x: m.n(m.c(x)), c=conv(True), n=nn.BatchNorm2d(4)).double()
+    model = Net(lambda m, x: m.n(m.c(x)), c=conv(True), n=nn.BatchNorm2d(4)).double()
     assert same(model, X.double()) == {"n"}
 
 
 def test_untraceable_network_is_an_error():
-    model = Network(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else x, c=conv(), n=nn.BatchNorm2d(4))
+    model = Net(lambda m, x: m.n(m.c(x)) if x.sum() > 0 else x, c=conv(), n=nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match="torch.fx can trace"):
         jlcm.compress(model, alpha=2.5, encoding=jlcm.Encoding(fold_bn=True), progress=False)
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_footprint import header_bytes, tensor_bytes
+from test_packed import CASTS, check_cast
 from torch import nn
 
 import jlcm
@@ -82,27 +83,9 @@ def test_decodes_as_the_formula_says(options):
     assert stored.groups() == (0, len(options["scales"]))
 
 
-CASTS = {
-    "half": lambda m: m.half(),
-    "bfloat16": lambda m: m.bfloat16(),
-    "double": lambda m: m.double(),
-    "to device and dtype": lambda m: m.to("cpu", torch.float16),
-    "type": lambda m: m.type(torch.float16),
-    "nested": lambda m: nn.Sequential(m).half()[0],
-}
-
-
 @pytest.mark.parametrize("cast", CASTS)
 def test_casts_change_the_decoding_dtype_and_no_stored_byte(cast):
-    stored = example()
-    before = {n: (b.dtype, b.clone()) for n, b in stored.named_buffers()}
-    value = stored()
-    stored = CASTS[cast](stored)
-    assert stored().dtype == stored.dtype != torch.float32
-    assert torch.equal(stored(), value.to(stored.dtype))
-    for name, buffer in stored.named_buffers():
-        assert buffer.dtype == before[name][0] and torch.equal(buffer, before[name][1])
-    assert torch.equal(stored.float()(), value)
+    check_cast(example(), cast)
 
 
 def test_copy_and_state_dict_round_trip():

@@ -280,11 +280,11 @@ def _collect(
             y = target.folded.scale.float()[..., None] * y + target.folded.shift.float()[..., None]
         for moments, part in ((train, ~outside), (held, outside)):
             if bool(part.any()):
-                moments.add(_joined(x[part.to(x.device)]), _joined(y[part.to(y.device)]))
+                moments.add(joined(x[part.to(x.device)]), joined(y[part.to(y.device)]))
         if sampled:
             step = -(-x.shape[-1] // max(room, 1))
-            inputs.append(_joined(x[~outside.to(x.device), ..., ::step]))
-            outputs.append(_joined(y[~outside.to(y.device), ..., ::step]))
+            inputs.append(joined(x[~outside.to(x.device), ..., ::step]))
+            outputs.append(joined(y[~outside.to(y.device), ..., ::step]))
     train.check()
     held.check()
     if not sampled:
@@ -300,7 +300,7 @@ def _collect(
     )
 
 
-def _joined(columns: Tensor) -> Tensor:
+def joined(columns: Tensor) -> Tensor:
     """(inputs, groups, n, positions) to (groups, n, inputs * positions)."""
     return columns.permute(1, 2, 0, 3).flatten(2)
 

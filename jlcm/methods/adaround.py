@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid
+from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration, Layer
-from jlcm.learning.sequential import LayerResult
-from jlcm.methods.grid import as_rows, search
-from jlcm.methods.network import Network, per_weight
+from jlcm.learning.sequential import LayerResult, joined
+from jlcm.methods.network import Network
 from jlcm.methods.reconstruction import (
     Rounding,
     Steps,
-    accept,
     calibration_of,
-    originals,
-    snapshot,
-    train,
-    uniform_weights,
+    reconstruct,
+    unreached,
 )
+from jlcm.methods.rtn import RTN, rtn
 from jlcm.packed import StoredWeight
 from jlcm.uniform import UniformWeight
 
@@ -60,13 +58,7 @@ class AdaRound(Steps):
 
 def nearest(network: Network, options: Steps) -> dict[str, StoredWeight]:
     """Round every weight to nearest, on the grid of least error of its row."""
-
-    def encode(weight: Tensor, bits: int) -> StoredWeight:
-        matrix = as_rows(weight)
-        grid = search(matrix, bits)
-        return grid.stored(grid.codes(matrix), tuple(weight.shape), weight.dtype)
-
-    return per_weight(network, encode, "round")
+    return rtn(network, RTN())
 
 
 def adaround(
@@ -100,7 +92,7 @@ def learn_layers(
     calibration = calibration_of(
         packed, reference, network, positions=options.positions, memory=options.memory
     )
-    weights, results = originals(reference), []
+    weights, store, results = dict(reference.named_parameters()), dict(stored_tensors(packed)), []
     bar = tqdm(
         calibration.layers,
         desc="reconstruct",
@@ -109,8 +101,8 @@ def learn_layers(
         leave=False,
     )
     for index, layer in enumerate(bar):
-        held = uniform_weights(packed, [layer.name])
-        if not held:  # an end in 8 bits
+        stored = store[layer.name]
+        if not isinstance(stored, UniformWeight):  # an end in 8 bits
             continue
         began = time.perf_counter()
         try:
@@ -118,23 +110,26 @@ def learn_layers(
         except NotImplementedError as error:
             results.append(LayerResult(name=layer.name, note=f"rounded to nearest: {error}"))
             continue
-        stored = held[layer.name]
         trained = rounding(stored, weights[layer.name]).to(network.device)
-        state, before = snapshot(held), columns.error(stored())
-        curve = train([trained], partial(_step, columns, trained), options, layer.name)
-        trained.write(stored)
-        result = LayerResult(name=layer.name, before=before, curve=curve)
-        result = accept(result, columns.error(stored()), held, state)
+        result = reconstruct(
+            layer.name,
+            [(trained, stored)],
+            loss=partial(_step, columns, trained),
+            error=partial(_error, columns, stored),
+            options=options,
+        )
         result.seconds = time.perf_counter() - began
         results.append(result)
         bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
-    for name, note in calibration.skipped.items():
-        results.append(LayerResult(name=name, note=f"rounded to nearest: {note}"))
-    return results
+    return results + unreached(calibration)
 
 
 def _step(columns: "_Columns", rounding: nn.Module, step: int) -> Tensor:
     return columns.loss(rounding(), step)
+
+
+def _error(columns: "_Columns", stored: UniformWeight) -> float:
+    return columns.error(stored())
 
 
 class _Columns:
@@ -157,8 +152,8 @@ class _Columns:
             each = 4 * calibration.count * x.shape[1] * (x.shape[2] + y.shape[2])
             # A quarter of the memory, because there are up to three copies for a while.
             stride = -(-x.shape[-1] // max(options.memory // 4 // each, 1))
-            inputs.append(x[..., ::stride].permute(1, 2, 0, 3).flatten(2).float())
-            targets.append(y[..., ::stride].permute(1, 2, 0, 3).flatten(2).float())
+            inputs.append(joined(x[..., ::stride]).float())
+            targets.append(joined(y[..., ::stride]).float())
         count = sum(part.shape[-1] for part in inputs)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(calibration.seed))
         self.inputs = torch.cat(inputs, -1)[..., order.to(inputs[0].device)]

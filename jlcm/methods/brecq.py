@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
-from jlcm.layers import STORE
+from jlcm.layers import STORE, stored_tensors
 from jlcm.learning.blocks import Run, find_blocks
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, divergence, logits_of, precision
@@ -24,13 +24,11 @@ from jlcm.methods.network import Network
 from jlcm.methods.reconstruction import (
     Rounding,
     Steps,
-    accept,
     calibration_of,
-    originals,
-    snapshot,
-    train,
-    uniform_weights,
+    reconstruct,
+    unreached,
 )
+from jlcm.uniform import UniformWeight
 
 LOSSES = ("mse", "fisher")
 
@@ -85,32 +83,30 @@ def brecq(
         network.notes.append("the network cannot be traced into blocks: layer by layer (AdaRound)")
         return adaround(packed, reference, network, AdaRound(memory=options.memory))
     twin = copy.deepcopy(packed).requires_grad_(False)
-    weights, results = originals(reference), []
+    weights, store, results = dict(reference.named_parameters()), dict(stored_tensors(packed)), []
     blocks = find_blocks(calibration, options.weights)
     bar = tqdm(blocks, desc="reconstruct", unit="block", disable=not network.progress, leave=False)
     for block in bar:
         began = time.perf_counter()
-        held = uniform_weights(packed, block.weights)
-        if not held:  # an end in 8 bits
+        # Ends in 8 bits stay as they are.
+        held = [name for name in block.weights if isinstance(store[name], UniformWeight)]
+        if not held:
             continue
-        roundings = {name: Rounding(part, weights[name]) for name, part in held.items()}
-        for name, rounding in roundings.items():
+        roundings = []
+        for name in held:
+            rounding = Rounding(store[name], weights[name]).to(network.device)
             owner, _, tensor = name.rpartition(".")
-            twin.get_submodule(owner)._modules[STORE][tensor] = rounding.to(network.device)
+            twin.get_submodule(owner)._modules[STORE][tensor] = rounding
+            roundings.append((rounding, store[name]))
         learner = _Block(calibration, block, twin, options, network.seed)
         name = f"{block.weights[0]} .. {block.weights[-1]}"
-        result = LayerResult(name=name, before=learner.error())
-        state = snapshot(held)
-        result.curve = train(roundings.values(), learner.loss, options, name)
-        for tensor_name, rounding in roundings.items():
-            rounding.write(held[tensor_name])
-        result = accept(result, learner.error(), held, state)
+        result = reconstruct(
+            name, roundings, loss=learner.loss, error=learner.error, options=options
+        )
         result.seconds = time.perf_counter() - began
         results.append(result)
         bar.set_postfix_str(f"{name} {result.before:.4f} -> {result.after:.4f}")
-    for name, note in calibration.skipped.items():
-        results.append(LayerResult(name=name, note=f"rounded to nearest: {note}"))
-    return results
+    return results + unreached(calibration)
 
 
 class _Block:

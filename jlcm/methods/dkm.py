@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jlcm.budget import Allocation, codebook_bytes
-from jlcm.clustering.scalar import assign
+from jlcm.clustering.scalar import FP16_MAX, assign
 from jlcm.config import Encoding, Init, Invalid
 from jlcm.encode import encode
 from jlcm.learning.distill import Distill, DistillResult, distill
@@ -122,7 +122,7 @@ class DkmWeight(nn.Module):
         tau = self.temperature * self.unit
         codebook = soft_kmeans(self.weights, self.codebook, tau, self.iterations)
         packed.relative_error = float("nan")  # what was measured at the clustering
-        packed.codebooks = codebook[None].clamp(-65504, 65504).half()
+        packed.codebooks = codebook[None].clamp(-FP16_MAX, FP16_MAX).half()
         packed.codes = pack(assign(self.weights, packed.codebooks.float()), self.bits)
 
 

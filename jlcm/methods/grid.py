@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jlcm.clustering.scalar import FP16_MAX
 from jlcm.uniform import UniformWeight
 
 #: Range search: shrinking steps of one percent, and the exponent of the error (BRECQ's).
 SHRINKS, NORM = 80, 2.4
-_LARGEST = 65504.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def min_max(matrix: Tensor, bits: int, *, per_row: bool = True, shrink: Tensor |
     low = values.amin(1, keepdim=True).clamp(max=0) * shrink
     high = values.amax(1, keepdim=True).clamp(min=0) * shrink
     scale = (high - low) / (2**bits - 1) * 2 ** (bits - 1)
-    scale = scale.clamp(max=_LARGEST).half().float()
+    scale = scale.clamp(max=FP16_MAX).half().float()
     step = scale / 2 ** (bits - 1)
     zero = torch.where(step > 0, (-low / torch.where(step > 0, step, 1.0)).round(), 0.0)
     return Grid(scale, zero.clamp(0, 2**bits - 1), bits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from tqdm import tqdm
 
-from jlcm.budget import HALF, Allocation, allocate, code_bits, least_bytes
+from jlcm.budget import Allocation, allocate, code_bits, goal_bytes, least_bytes
 from jlcm.config import Encoding, Init, Invalid, check_choice
 from jlcm.encode import encode
 from jlcm.layers import is_static_norm
@@ -146,7 +146,7 @@ def _allocations(network: Network, encoding: Encoding) -> dict[str, Allocation]:
     }
     least = {name: least_bytes(encoding.kind, plan, encoding.tile) for name, plan in plans.items()}
     count = sum(plan.count for plan in plans.values())
-    spare = int(HALF * count / network.alpha) - sum(least.values())
+    spare = goal_bytes(count, network.alpha) - sum(least.values())
     if spare < 0:
         owner = "row" if encoding.kind == "per_row" else "weight"
         network.notes.append(

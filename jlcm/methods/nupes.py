@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from jlcm.clustering.scalar import FP16_MAX
 from jlcm.config import Invalid
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.adaround import AdaRound, learn_layers
@@ -101,7 +102,7 @@ class PowerRounding(nn.Module):
         stored.power.copy_(power)
         # The level of the largest code is `most` / `half` of the stored scale's unit.
         scale = self.largest.view(-1) * (self.half / max(self.most, 1)) ** (1 / power.float())
-        stored.scales.copy_(scale.clamp(max=65504.0).to(torch.float16))
+        stored.scales.copy_(scale.clamp(max=FP16_MAX).to(torch.float16))
 
     def _place(self, power: Tensor) -> Tensor:
         mapped = self.sign * (power * self.logarithm).exp()

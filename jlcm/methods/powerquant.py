@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jlcm.clustering.scalar import FP16_MAX
 from jlcm.config import Invalid
 from jlcm.methods.grid import as_rows
 from jlcm.methods.network import Network, per_weight
@@ -22,7 +23,6 @@ from jlcm.uniform import UniformWeight
 
 #: Ends of the search for the exponent, the second a uniform grid.
 LOWEST, HIGHEST = 0.1, 1.0
-_LARGEST = 65504.0
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -167,7 +167,7 @@ def _scales(matrix: Tensor, bits: int, exponent: float) -> Tensor:
     """(rows, 1) float32, float16 values: the magnitude of code 2^(b - 1), one past the largest."""
     largest = matrix.abs().amax(1, keepdim=True)
     beyond = (2 ** (bits - 1) / (2 ** (bits - 1) - 1)) ** (1 / exponent)
-    return (largest * beyond).clamp(max=_LARGEST).half().float()
+    return (largest * beyond).clamp(max=FP16_MAX).half().float()
 
 
 def _codes(magnitudes: Tensor, scale: Tensor, bits: int, exponent: float) -> Tensor:

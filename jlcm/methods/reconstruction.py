@@ -5,13 +5,12 @@ A rounding stands in for a stored weight while it is trained: its forward decode
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from jlcm.config import Invalid
-from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.grid import Grid
@@ -175,36 +174,43 @@ def calibration_of(
     )
 
 
-def originals(reference: nn.Module) -> dict[str, Tensor]:
-    """Full-precision weights by name."""
-    return dict(reference.named_parameters())
-
-
-def uniform_weights(packed: nn.Module, names: Iterable[str]) -> dict[str, UniformWeight]:
-    """Those of the named stored tensors that have a uniform or power grid."""
-    store = dict(stored_tensors(packed))
-    found = {name: store[name] for name in names}
-    return {name: held for name, held in found.items() if isinstance(held, UniformWeight)}
-
-
-def snapshot(weights: dict[str, UniformWeight]) -> dict[str, Tensor]:
-    """Copies of all that is stored of some weights."""
-    return {f"{n} {k}": t.clone() for n, held in weights.items() for k, t in held.named_buffers()}
-
-
-def restore(weights: dict[str, UniformWeight], state: dict[str, Tensor]) -> None:
-    """Put back what `snapshot` returned."""
-    for name, held in weights.items():
-        for part, tensor in held.named_buffers():
-            tensor.copy_(state[f"{name} {part}"])
-
-
-def accept(
-    result: LayerResult, after: float, weights: dict[str, UniformWeight], state: dict[str, Tensor]
+def reconstruct(
+    name: str,
+    roundings: list[tuple[nn.Module, UniformWeight]],
+    *,
+    loss: Callable[[int], Tensor],
+    error: Callable[[], float],
+    options: Steps,
 ) -> LayerResult:
-    """Keep the learned rounding if the calibration error fell, else the one before."""
-    if after < result.before:
-        return replace(result, after=after, kept="learned")
-    restore(weights, state)
+    """Learn the rounding of a layer or a block, and keep it if the calibration error fell.
+
+    Args:
+        name: of the layer or block.
+        roundings: each with the stored weight that it is written to.
+        loss: reconstruction error at a step, of the roundings.
+        error: of the stored weights as they are, on all calibration inputs.
+        options: of the steps.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
+    """
+    parts = [part for _, stored in roundings for part in stored.buffers()]
+    initial, before = [part.clone() for part in parts], error()
+    curve = train([rounding for rounding, _ in roundings], loss, options, name)
+    for rounding, stored in roundings:
+        rounding.write(stored)
+    after = error()
+    if after < before:
+        return LayerResult(name=name, before=before, after=after, kept="learned", curve=curve)
+    for part, tensor in zip(parts, initial, strict=True):
+        part.copy_(tensor)
     note = "no better on the calibration inputs: rounded to nearest"
-    return replace(result, after=result.before, note=note)
+    return LayerResult(name=name, before=before, after=before, note=note, curve=curve)
+
+
+def unreached(calibration: Calibration) -> list[LayerResult]:
+    """Results of the weights that do not run on the calibration inputs."""
+    return [
+        LayerResult(name=name, note=f"rounded to nearest: {note}")
+        for name, note in calibration.skipped.items()
+    ]

@@ -8,12 +8,12 @@ most. What is still missing may get sparse outliers. Without data.
 
 import math
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from jlcm.budget import HALF, MAX_BITS, code_bits
+from jlcm.budget import HALF, MAX_BITS, code_bits, goal_bytes
+from jlcm.clustering.scalar import FP16_MAX
 from jlcm.config import Invalid, check_choice
 from jlcm.expanded import expand, largest_outliers
 from jlcm.methods.grid import SHRINKS, Grid, as_rows
@@ -23,7 +23,6 @@ from jlcm.packed import StoredWeight
 from jlcm.packing import packed_bytes
 from jlcm.uniform import UniformWeight
 
-_LARGEST = 65504.0
 #: Weights that the search for a range works on at a time.
 _BLOCK = 2**16
 
@@ -104,9 +103,7 @@ def rex(network: Network, options: REx) -> dict[str, StoredWeight]:
     )
     if searched:
         network.notes.append("ranges of the grids are those of least squared error")
-    # Exact: in floating point a byte may be lost.
-    values = HALF * sum(base.count for base in bases.values())
-    goal = math.floor(values / Fraction(repr(float(network.alpha))))
+    goal = goal_bytes(sum(base.count for base in bases.values()), network.alpha)
     left = goal - sum(sum(base.sizes().values()) for base in bases.values())
     if left < 0:
         network.notes.append("the first terms alone take more bytes than the goal")
@@ -174,7 +171,7 @@ def _best_shrink(matrix: Tensor, bits: int) -> Tensor:
 def _grid(matrix: Tensor, bits: int, shrink: Tensor | float) -> Grid:
     half = 2 ** (bits - 1)
     scale = matrix.abs().amax(1, keepdim=True) * shrink * (half / (half - 1))
-    return Grid(scale.clamp(max=_LARGEST).half().float(), None, bits)
+    return Grid(scale.clamp(max=FP16_MAX).half().float(), None, bits)
 
 
 def _codes(grid: Grid, matrix: Tensor) -> Tensor:
