@@ -50,9 +50,24 @@ def main(config: DictConfig) -> None:
     print(json.dumps(record) if config.output == "json" else as_text(record), flush=True)
 
 
+def write_tables(arguments: list[str]) -> None:
+    """Write the table of a sweep; the records are safe whatever happens here."""
+    from experiments.tables.make import after_sweep
+
+    try:
+        files = after_sweep(arguments)
+    except (ValueError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+    else:
+        print(*files, sep="\n", end="\n" if files else "")
+
+
 if __name__ == "__main__":
     try:
         check_overrides(sys.argv[1:])
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         sys.exit(one_line(error))
-    main()
+    try:
+        main()
+    finally:  # a sweep with failed cells has a table too
+        write_tables(sys.argv[1:])

@@ -1,13 +1,18 @@
 """Records: what a finished run leaves behind. A run is finished when its record exists."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from jlcm.files import replacing
 
+_log = logging.getLogger(__name__)
+
 RECORD = "record.json"
+#: Folder of the records behind published tables.
+PUBLISHED = "records"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
@@ -34,10 +39,44 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def load_records(root: Path) -> list[dict[str, Any]]:
-    """All records below a folder of runs, in the order of their names."""
-    folders = sorted(path.parent for path in root.glob(f"*/{RECORD}"))
-    return [read_record(folder) for folder in folders]
+def load_records(results_dir: Path) -> dict[str, dict[str, Any]]:
+    """Records of all finished runs: those of `runs/`, and published ones that are not there.
+
+    A damaged record is left out, with a warning that names it.
+
+    Returns:
+        Records by run_id, in the order of the names.
+    """
+    found = {}
+    for path in (*results_dir.glob(f"runs/*/{RECORD}"), *results_dir.glob(f"{PUBLISHED}/*.json")):
+        try:
+            record = json.loads(path.read_text())
+            found.setdefault(record["run_id"], record)
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("%s is damaged (%s) and left out", path, error)
+    return dict(sorted(found.items()))
+
+
+def publish_record(results_dir: Path, record: dict[str, Any]) -> None:
+    """Keep a record beside the tables that show it, without curves and without folders."""
+    kept = {key: value for key, value in record.items() if key != "file"}
+    kept["config"] = _names_only(record["config"])
+    kept["learning"] = [
+        {k: v for k, v in result.items() if k not in ("curve", "history")}
+        for result in record.get("learning", ())
+    ]
+    with replacing(results_dir / PUBLISHED / f"{record['run_id']}.json") as temporary:
+        temporary.write_text(json.dumps(kept, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def _names_only(value: Any) -> Any:
+    """A configuration with the names of files and folders in place of their paths."""
+    match value:
+        case dict():
+            return {k: _names_only(v) for k, v in value.items()}
+        case str() if "/" in value:
+            return Path(value).name
+    return value
 
 
 def _finite(value: Any) -> Any:

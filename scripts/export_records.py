@@ -1,6 +1,6 @@
 """Write the records of finished runs as one CSV, a line per run.
 
-python scripts/export_records.py results/runs table.csv --where model.name=resnet18
+python scripts/export_records.py results table.csv --where model.name=resnet18
 """
 
 import argparse
@@ -43,7 +43,7 @@ COLUMNS = {
 def main() -> None:
     """Read records, keep those asked for, sort, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, help="folder of runs, usually results/runs")
+    parser.add_argument("results", type=Path, help="folder of results, usually results")
     parser.add_argument("output", type=Path, help="CSV to write")
     parser.add_argument(
         "--where",
@@ -53,16 +53,16 @@ def main() -> None:
         help="only runs with this configuration",
     )
     arguments = parser.parse_args()
-    frame = pd.json_normalize(load_records(arguments.runs))
+    frame = pd.json_normalize(list(load_records(arguments.results).values()))
     if frame.empty:
-        sys.exit(f"error: no record below {arguments.runs}: run something first")
+        sys.exit(f"error: no record below {arguments.results}: run something first")
     for condition in arguments.where:
         key, _, value = condition.partition("=")
         if f"config.{key}" not in frame:
             sys.exit(f"error: no record has the option {key}")
         frame = frame[frame[f"config.{key}"].astype(str) == value]
     if frame.empty:
-        sys.exit(f"error: no record below {arguments.runs} fits {' '.join(arguments.where)}")
+        sys.exit(f"error: no record below {arguments.results} fits {' '.join(arguments.where)}")
     # Stages that a run left out have no options in its record.
     table = frame.reindex(columns=list(COLUMNS.values()))
     table = table.rename(columns={v: k for k, v in COLUMNS.items()})

@@ -1,0 +1,237 @@
+"""Cells of a table: the runs of its sweep, and what the records of these runs say."""
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments.config import NOT_IDENTITY, identity, register
+from experiments.tables.specs import TABLES, Measure, Table, paper_numbers
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+#: Where the data lies is no part of what a cell is; all runs of a table must agree on it.
+_PLACES = ("root", "list", "calibration_root", "calibration_list")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep but for its seed: values of the swept keys, and what identifies it."""
+
+    keys: dict[str, str]
+    identity: str
+
+
+def narrowed(name: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides that make a table another one.
+
+    Those that choose a part of the sweep, seeds, the place of the data, or what does not change
+    the result, leave the table what it is.
+
+    Args:
+        name: of the experiment.
+        overrides: of the command line.
+
+    Raises:
+        hydra.errors.HydraException: for an override that cannot be read.
+    """
+    swept = _sweep(name)
+    kept = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element().lstrip("+~")
+        head, _, tail = key.partition(".")
+        if key == "seed" or head.partition("/")[0] in NOT_IDENTITY:
+            continue
+        if head == "data" and tail in _PLACES:
+            continue
+        if key in swept and set(_values(override)) <= set(swept[key]):
+            continue
+        kept.append(override.input_line)
+    return kept
+
+
+@cache
+def cells(name: str, overrides: tuple[str, ...] = ()) -> tuple[Cell, ...]:
+    """All cells of an experiment's sweep.
+
+    Args:
+        name: of the experiment.
+        overrides: further ones, as `narrowed` returns them.
+    """
+    swept = dict(_sweep(name))
+    fixed = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.get_key_element() in swept or override.is_sweep_override():
+            swept[override.get_key_element()] = _values(override)
+        else:
+            fixed.append(override.input_line)
+    register()
+    found = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for values in itertools.product(*swept.values()):
+            keys = dict(zip(swept, values, strict=True))
+            chosen = [f"{key}={value}" for key, value in keys.items()]
+            config = compose("config", overrides=[f"experiment={name}", *fixed, *chosen])
+            found.append(Cell(keys=keys, identity=_without_seed(identity(config))))
+    return tuple(found)
+
+
+def tidy(
+    name: str, records: Iterable[dict[str, Any]], overrides: Sequence[str] = ()
+) -> pd.DataFrame:
+    """A table as data: one line per cell and measure, finished or not.
+
+    Args:
+        name: of the experiment.
+        records: of any runs; those that belong to no cell are left aside.
+        overrides: that make the table another one (`narrowed`).
+
+    Returns:
+        Columns: the swept keys, `measure`, `paper`, `ours` (mean over the seeds), `difference`
+        (only at the paper's scale), `status` (reproduced, reduced scale, not run),
+        `standard_error` (over the samples), `seeds`, `seed_std`, `original`, then what the runs
+        have in common. Empty where nothing is known.
+
+    Raises:
+        ValueError: the runs of the table were evaluated on different data.
+    """
+    table = TABLES[name]
+    by_cell: dict[str, dict[str, dict]] = {}
+    for record in records:
+        seeds = by_cell.setdefault(_without_seed(record["config"]), {})
+        seeds[str(record["config"]["seed"])] = record
+    lines, used = [], []
+    for cell in cells(name, tuple(overrides)):
+        runs = list(by_cell.get(cell.identity, {}).values())
+        used += runs
+        lines += [
+            {**cell.keys, "measure": heading, **_numbers(runs, measure), **_common(runs)}
+            for heading, measure in table.measures.items()
+        ]
+    _check_data(name, used)
+    return _beside_the_paper(table, pd.DataFrame(lines), reduced=bool(overrides))
+
+
+@cache
+def _sweep(name: str) -> dict[str, list[str]]:
+    """Keys and values of an experiment's sweep, in its order."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    params = config.hydra.sweeper.params or {}
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    return {override.get_key_element(): _values(override) for override in parsed}
+
+
+def _values(override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
+
+
+def _without_seed(kept: dict[str, Any]) -> str:
+    """Identity of a run but for its seed and the place of its data."""
+    kept = {key: value for key, value in kept.items() if key != "seed"}
+    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in _PLACES}
+    if weights := kept["model"].get("weights"):
+        kept["model"] = kept["model"] | {"weights": Path(weights).name}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _check_data(name: str, records: list[dict[str, Any]]) -> None:
+    """One table shows one set of samples per kind of data."""
+    found: dict[tuple, list[str]] = {}
+    for record in records:
+        data = record["config"].get("data", {})
+        places = tuple(Path(data[k]).name for k in _PLACES[:2] if data.get(k))
+        samples = record.get("packed", {}).get("samples")
+        found.setdefault((*places, samples), []).append(record["run_id"])
+    if len(found) > 1:
+        runs = "; ".join(f"{data}: {', '.join(ids)}" for data, ids in found.items())
+        raise ValueError(f"{name}: its runs were evaluated on different data: {runs}")
+
+
+def _numbers(records: list[dict[str, Any]], measure: Measure) -> dict[str, Any]:
+    values = pd.Series([at(record, measure.path) for record in records], dtype=float)
+    errors = pd.Series([at(record, measure.standard_error) for record in records], dtype=float)
+    originals = pd.Series([at(record, measure.original) for record in records], dtype=float)
+    return {
+        "ours": values.mean(),
+        "standard_error": errors.mean(),
+        "seed_std": values.std(),
+        "seeds": len(values),
+        "original": originals.mean(),
+    }
+
+
+#: Columns by their place in the record: means over the seeds.
+_MEANS = {
+    "true alpha": "footprint.alpha_layers",
+    "alpha total": "footprint.alpha_total",
+    "file bytes": "footprint.file_bytes",
+    "seconds": "seconds.compress",
+    "KL": "packed.kl",
+    "samples": "packed.samples",
+}
+
+
+def _common(records: list[dict[str, Any]]) -> dict[str, Any]:
+    def mean(numbers) -> float:
+        return pd.Series(list(numbers), dtype=float).mean()
+
+    notes = dict.fromkeys(note for record in records for note in record.get("notes", ()))
+    return {
+        **{name: mean(at(r, path) for r in records) for name, path in _MEANS.items()},
+        "nominal alpha": mean(map(nominal_alpha, records)),
+        "peak GB": mean(at(r, "peak_rss_bytes") for r in records) / 1e9,
+        "data": " ".join(sorted({r["config"].get("data", {}).get("kind", "") for r in records})),
+        "runs": " ".join(record["run_id"] for record in records),
+        "notes": "; ".join(notes),
+    }
+
+
+def nominal_alpha(record: dict[str, Any]) -> float | None:
+    """Compression that the bits of the codes alone would give: 16 / bits for uniform methods."""
+    layers = record.get("layers") or ()
+    sizes = [float(pd.Series(layer["shape"]).prod()) for layer in layers]
+    bits = sum(size * layer["bits"] for size, layer in zip(sizes, layers, strict=True))
+    return 16 * sum(sizes) / bits if bits else None
+
+
+def at(record: dict[str, Any], path: str | None) -> Any:
+    """A number of a record; None for no path, or one that the record does not have."""
+    value: Any = record
+    for key in path.split(".") if path else ():
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if path else None
+
+
+def _beside_the_paper(table: Table, lines: pd.DataFrame, *, reduced: bool) -> pd.DataFrame:
+    """Add the paper's numbers, the difference to them and the status of each cell."""
+    keys = [*table.lines, *table.columns]
+    numbers = paper_numbers(table)
+    if numbers is None:
+        lines["paper"] = float("nan")
+    else:
+        shared = [key for key in numbers if key in keys]
+        numbers = numbers.melt(shared, var_name="measure", value_name="paper")
+        # A sweep without this key has one value of it, and the paper another.
+        if set(shared) <= set(lines):
+            lines = lines.merge(numbers, how="left", on=[*shared, "measure"])
+        else:
+            lines["paper"] = float("nan")
+    full = table.full_scale is not None and not reduced
+    at_scale = full & ((lines["samples"] >= (table.full_scale or 0)) | (not table.full_scale))
+    lines["difference"] = (lines["ours"] - lines["paper"]).where(at_scale)
+    lines["status"] = "reduced scale"
+    lines.loc[at_scale, "status"] = "reproduced"
+    lines.loc[lines["seeds"] == 0, "status"] = "not run"
+    swept = [key for key in lines.columns[: lines.columns.get_loc("measure")]]
+    first = [*swept, "measure", "paper", "ours", "difference", "status"]
+    return lines[[*first, *(column for column in lines if column not in first)]]

@@ -1,0 +1,131 @@
+"""What each table shows: its lines, columns and measures, by the name of its experiment.
+
+A table belongs to the sweep in `conf/experiment/<name>.yaml`; lines and columns are keys of that
+sweep. The paper's numbers are in `paper/`, under the same keys.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+#: The paper's numbers: tables 1 to 5 of its text, the throughput from its rebuttal.
+PAPER = Path(__file__).with_name("paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A number of a record.
+
+    Attributes:
+        path: keys in the record, joined by dots.
+        standard_error: the same for its standard error over the samples, None if it has none.
+        original: the same for the original network's number.
+        better: "high" or "low", None where neither is.
+        digits: after the decimal point.
+    """
+
+    path: str
+    standard_error: str | None = None
+    original: str | None = None
+    better: str | None = "high"
+    digits: int = 2
+
+
+#: Measures by their heading.
+TOP1 = {
+    "top-1 %": Measure(
+        path="packed.top1", standard_error="packed.top1_standard_error", original="original.top1"
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Layout of a table.
+
+    Attributes:
+        title: of the table, in a sentence.
+        lines: keys of the sweep that name a line.
+        columns: keys of the sweep that name a group of columns.
+        measures: numbers by their heading.
+        details: columns of the tidy table that stand beside the measures, by their heading.
+        paper: file of the paper's numbers.
+        full_scale: samples of the paper's evaluation; None for a table at reduced scale, whose
+            numbers are not compared with the paper's.
+        command: arguments that the experiment needs beside its name.
+    """
+
+    title: str
+    lines: tuple[str, ...]
+    columns: tuple[str, ...]
+    measures: dict[str, Measure]
+    details: tuple[str, ...] = ()
+    paper: str | None = None
+    full_scale: int | None = None
+    command: str = ""
+
+
+_LISTS = "data.root=DIR data.list=FILE.tsv data.calibration_root=DIR data.calibration_list=FILE.tsv"
+_IMAGENET = 50_000
+_DETAILS = ("true alpha", "seconds", "peak GB")
+
+
+def _table3(scale: str, columns: tuple[str, ...] = ("model", "alpha"), **options) -> Table:
+    return Table(
+        title=f"Table 3, clustering of the data-free initialisation, {scale}",
+        lines=("encoding", "init"),
+        columns=columns,
+        measures=TOP1,
+        paper="table3",
+        **options,
+    )
+
+
+def _table4(scale: str, **options) -> Table:
+    return Table(
+        title=f"Table 4, what is learned, {scale}",
+        lines=("learn",),
+        columns=("model", "alpha"),
+        measures=TOP1,
+        paper="table4",
+        **options,
+    )
+
+
+def _table5(scale: str, **options) -> Table:
+    return Table(
+        title=f"Table 5, compared methods, {scale}",
+        lines=("method",),
+        columns=("model", "alpha"),
+        measures=TOP1,
+        details=_DETAILS,
+        paper="table5",
+        **options,
+    )
+
+
+#: Tables by the name of their experiment.
+TABLES: dict[str, Table] = {
+    "table3": _table3("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
+    "table3_digits": _table3("digits"),
+    "table3_lite": _table3("EfficientNet-Lite0", command="data.root=DIR data.list=FILE.tsv"),
+    "table4": _table4("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
+    "table4_digits": _table4("digits"),
+    "table4_lite": _table4("EfficientNet-Lite0", command=_LISTS),
+    "table5": _table5("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
+    "table5_digits": _table5("digits"),
+    "table5_lite": _table5("labelled lists", command=_LISTS),
+}
+
+
+def paper_numbers(table: Table) -> pd.DataFrame | None:
+    """The paper's numbers: a column per key, as text, and one per measure.
+
+    Returns:
+        None for a table that the paper does not have.
+    """
+    if table.paper is None:
+        return None
+    keys = (*table.lines, *table.columns)
+    return pd.read_csv(PAPER / f"{table.paper}.csv", dtype=dict.fromkeys(keys, str))
