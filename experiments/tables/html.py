@@ -37,7 +37,7 @@ def write_report(
 
     Args:
         path: of the page. Links to records are relative to its folder.
-        tables: tidy tables by the name of their experiment, with or without overrides after it;
+        tables: tidy tables by the name of their experiment, and overrides after it if any (@);
             an experiment without one is shown as not run.
         records: of the tables' runs, by run_id.
         figures: PNG files and their captions.
@@ -64,7 +64,7 @@ def write_report(
 
 def _section(name: str, tidy: pd.DataFrame | None) -> dict[str, Any]:
     """What the page shows of one table."""
-    experiment, *overrides = name.split(",")
+    experiment, *overrides = name.split("@")
     table = TABLES[experiment]
     command = f"python run.py -m experiment={experiment} {' '.join(overrides)} {table.command}"
     section = {

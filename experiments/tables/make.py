@@ -45,7 +45,7 @@ def make_tables(
             continue
         for run_id in used:
             publish_record(results_dir, records[run_id])
-        stem = ",".join([name, *(text.replace("/", "_") for text in extra)])
+        stem = "@".join([name, *(text.replace("/", "_") for text in extra)])
         files += write_table(results_dir / "tables", stem, TABLES[name], table)
     if not files:
         wanted = ", ".join(names) if names else "any table"
