@@ -1,0 +1,282 @@
+"""Finished runs as one table, a line each, from records and from published tables."""
+
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+
+from experiments.config import identity, register
+from experiments.records import RECORD, read_record
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+#: Columns of a table, and where a record has them.
+COLUMNS = {
+    "run_id": "run_id",
+    "model": "config.model.name",
+    "data": "config.data.kind",
+    "samples": "packed.samples",
+    "seed": "config.seed",
+    "method": "config.method.name",
+    "first_last": "config.encoding.first_last",
+    "init": "config.init.method",
+    "encoding": "config.encoding.kind",
+    "learn": "config.learn.kind",
+    "allocation": "config.learn.allocation",
+    "distill_epochs": "config.learn.distill.epochs",
+    "alpha_goal": "config.alpha",
+    "alpha_layers": "footprint.alpha_layers",
+    "alpha_total": "footprint.alpha_total",
+    "file_bytes": "footprint.file_bytes",
+    "original_top1": "original.top1",
+    "top1": "packed.top1",
+    "top1_standard_error": "packed.top1_standard_error",
+    "top5": "packed.top5",
+    "agreement": "packed.agreement",
+    "kl": "packed.kl",
+    "compress_seconds": "seconds.compress",
+    "peak_rss_bytes": "peak_rss_bytes",
+    "notes": "notes",
+}
+_NUMBERS = ("samples", "seed", "alpha_goal", "alpha_total", "file_bytes", "top1")
+#: Without these a table does not list runs.
+NEEDED = ("run_id", "model", "data", *_NUMBERS, "kl")
+#: Runs that are equal in these are those of several seeds.
+CELL = ["panel", "method", "options", "init", "encoding", "alpha_goal"]
+#: Options that a compared method may set differently without becoming a variant of itself.
+_FREE = {"method.bits", "encoding.first_last"}
+_PATHS = ("data.root", "data.list", "data.calibration_root", "data.calibration_list")
+
+
+def tidy(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Records as a table of `COLUMNS`; what a record does not have is NaN."""
+    frame = pd.json_normalize(records).reindex(columns=list(COLUMNS.values()))
+    table = frame.rename(columns={path: name for name, path in COLUMNS.items()})
+    table["compress_seconds"] = [compression_seconds(record) for record in records]
+    table["notes"] = table["notes"].map("; ".join)
+    return table
+
+
+def compression_seconds(record: dict[str, Any]) -> float:
+    """Time of the compression, with that of the layers and blocks that another run has learned."""
+    restored = sum(part["seconds"] for part in record["learning"] if part.get("restored"))
+    return record["seconds"]["compress"] + restored
+
+
+def read_runs(results: Path) -> tuple[pd.DataFrame, list[str]]:
+    """All runs below a folder of results: its records, and the rows of its CSVs without a record.
+
+    Returns:
+        (runs, complaints) The table has `COLUMNS` (`method` is never empty) and
+        `config`: options by dotted name, without those that are null;
+        `source`: the folder of runs, or the CSV;
+        `folder`: of the run, None for a row of a CSV;
+        `panel`: network and data, as a title;
+        `options`: JSON of what differs from the defaults;
+        `reference_bytes`: of the original at 16 bits.
+        Each complaint is a line that names a damaged file.
+    """
+    records, folders, complaints = [], [], []
+    for path in sorted((results / "runs").glob(f"*/{RECORD}")):
+        try:
+            records.append(_checked(read_record(path.parent), path))
+            folders.append(path.parent)
+        except (ValueError, OSError) as error:
+            complaints.append(f"left out: {error}")
+    parts = []
+    if records:
+        configs = [flatten(record["config"]) for record in records]
+        source = str(results / "runs")
+        parts.append(tidy(records).assign(config=configs, source=source, folder=folders))
+    for path in sorted(results.glob("*.csv")):
+        try:
+            rows = pd.read_csv(path)
+        except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+            reason = str(error).strip().replace("\n", " ")
+            complaints.append(f"left out: {path} is damaged ({reason})")
+            continue
+        if not set(NEEDED) <= set(rows.columns):
+            continue  # another kind of table
+        for name in (*_NUMBERS, "kl"):
+            rows[name] = pd.to_numeric(rows[name], errors="coerce")
+        whole = [not _missing(row) for _, row in rows.iterrows()]
+        if not all(whole):
+            lines = ", ".join(str(line) for line, fine in enumerate(whole, 2) if not fine)
+            complaints.append(f"left out: lines {lines} of {path}, which lack numbers or names")
+        columns, rows = set(rows.columns), rows[whole].reindex(columns=list(COLUMNS))
+        configs = [_row_config(row.dropna().to_dict(), columns) for _, row in rows.iterrows()]
+        parts.append(rows.assign(config=configs, source=str(path), folder=None))
+    if not parts:
+        return pd.DataFrame(columns=[*COLUMNS, "config", "source", "folder"]), complaints
+    runs = pd.concat([part.astype(object) for part in parts], ignore_index=True)
+    runs = runs.drop_duplicates("run_id").reset_index(drop=True).infer_objects()
+    return _described(runs), complaints
+
+
+def select(runs: pd.DataFrame, conditions: Iterable[str]) -> pd.DataFrame:
+    """Runs whose options have the given values, each KEY=VALUE as on the command line of `run.py`.
+
+    Raises:
+        ValueError: no run has the option, or none has the value.
+    """
+    for condition in conditions:
+        key, equals, value = condition.partition("=")
+        if not (key and equals):
+            raise ValueError(f"a condition is KEY=VALUE, not {condition}")
+        found = [
+            row.run_id if key == "run_id" else row.config.get(key) for row in runs.itertuples()
+        ]
+        if value != "null" and all(option is None for option in found):
+            raise ValueError(f"no run has the option {key}")
+        runs = runs[[_text(option) == value for option in found]]
+        if runs.empty:
+            raise ValueError(f"no run fits {key}={value}")
+    return runs
+
+
+def default_options(runs: pd.DataFrame, free: set[str] = frozenset()) -> pd.DataFrame:
+    """Runs that differ from the defaults of `conf/` in nothing but `free` (and bits, and ends)."""
+    kept = [set(json.loads(options)) <= _FREE | set(free) for options in runs["options"]]
+    return runs[kept]
+
+
+def one_of_each_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    """One run of each cell and seed: a record goes before a published row of the same options."""
+    return runs.drop_duplicates([*CELL, "seed"])
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by dotted name, without those that are null."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@functools.cache
+def default_config() -> dict[str, Any]:
+    """The defaults of `conf/`, flattened."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return flatten(identity(compose("config")))
+
+
+def _checked(record: Any, path: Path) -> dict[str, Any]:
+    """The record, if it has what a line of the table needs."""
+    try:
+        line, _ = tidy([record]).iloc[0], record["layers"]
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: no record of a run") from error
+    if missing := _missing(line):
+        raise ValueError(f"{path} has no {', '.join(COLUMNS[name] for name in missing)}")
+    return record
+
+
+def _missing(line: pd.Series) -> list[str]:
+    """Columns that are needed and empty, or no number; a divergence that is not finite is empty."""
+    numbers = pd.to_numeric(line[list(_NUMBERS)], errors="coerce")
+    return [name for name in NEEDED if name != "kl" and pd.isna(numbers.get(name, line[name]))]
+
+
+def _row_config(row: dict[str, Any], columns: set[str]) -> dict[str, Any]:
+    """Options of a row of a CSV: what it does not tell is at its default."""
+    told = {
+        name: path.removeprefix("config.")
+        for name, path in COLUMNS.items()
+        if name in columns and path.startswith("config.")
+    }
+    outside = {"model.", "data."} | ({"learn."} if "learn" not in columns else set())
+    config = {
+        key: value
+        for key, value in default_config().items()
+        if not key.startswith(tuple(outside)) and key not in told.values()
+    }
+    if "method" not in columns:
+        config["method.name"] = "jlcm"
+    for name, key in told.items():
+        if name in row:
+            # A column with gaps has floats for integers.
+            whole = isinstance(row[name], float) and row[name].is_integer()
+            config[key] = int(row[name]) if whole else row[name]
+    return config
+
+
+def _described(runs: pd.DataFrame) -> pd.DataFrame:
+    places = [_place(config) for config in runs["config"]]
+    runs = runs.assign(
+        method=[_method(config) for config in runs["config"]],
+        panel=[_panel(row.config, row.samples) for row in runs.itertuples()],
+        options=[json.dumps(_differences(config), sort_keys=True) for config in runs["config"]],
+        reference_bytes=[round(row.alpha_total * row.file_bytes) for row in runs.itertuples()],
+    )
+    # Lists of images of equal length under one title are told apart by their names.
+    several = runs.assign(place=places).groupby("panel")["place"].transform("nunique") > 1
+    named = [f"{panel}, {place}" for panel, place in zip(runs["panel"], places, strict=True)]
+    return runs.assign(panel=runs["panel"].mask(several & pd.Series(places).notna(), named))
+
+
+def _place(config: dict[str, Any]) -> str | None:
+    path = config.get("data.list") or config.get("data.root")
+    return None if path is None else Path(path).name
+
+
+def _method(config: dict[str, Any]) -> str:
+    method = config.get("method.name", "jlcm")
+    learned = (
+        config.get("learn.kind", "none") != "none"
+        or config.get("learn.allocation", "uniform") != "uniform"
+        or any(k.startswith(("learn.importance", "learn.blocks", "learn.distill")) for k in config)
+    )
+    return "jlcm_init" if method == "jlcm" and not learned else method
+
+
+def _looked_at(config: dict[str, Any], method: str) -> dict[str, Any]:
+    """Options that the method looks at."""
+    groups = {"jlcm": (), "jlcm_init": ("learn.",)}
+    ignored = groups.get(method, ("init.", "encoding.", "reorder.", "learn."))
+    ignored += ("model.", "data.", "method.name", "alpha", "seed")
+    kept = {key: value for key, value in config.items() if not key.startswith(ignored)}
+    if ends := config.get("encoding.first_last"):
+        kept["encoding.first_last"] = ends
+    return kept
+
+
+def _differences(config: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not at their defaults; null, false and missing are the same."""
+    method = _method(config)
+    given, usual = _looked_at(config, method), _looked_at(default_config(), method)
+    keys = sorted(given.keys() | usual.keys())
+    return {k: given.get(k) for k in keys if (given.get(k) or None) != (usual.get(k) or None)}
+
+
+def _panel(config: dict[str, Any], samples: float) -> str:
+    """Title of what a run compresses and is evaluated on."""
+    title = (
+        f"{config['model.name']}, {config['data.kind'].replace('_', ' ')}, {samples:,.0f} images"
+    )
+    if weights := config.get("model.weights"):
+        title += f", {Path(weights).stem}"
+    usual = default_config() | {"data.kind": None, "data.limit": None}
+    for key in sorted(config):
+        if key.startswith("data.") and key not in (*_PATHS, "data.kind", "data.limit"):
+            if config[key] != usual.get(key):
+                title += f", {key.removeprefix('data.')}={config[key]}"
+    return title
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+    return str(value)
