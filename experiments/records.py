@@ -8,6 +8,7 @@ from typing import Any
 from jlcm.files import replacing
 
 RECORD = "record.json"
+PACKED_FILE = "packed.safetensors"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
