@@ -51,7 +51,8 @@ def plot_layers(record: dict[str, Any], title: str = "") -> Figure:
     if not weights and not outputs:
         raise ValueError("no layer of the run has an error")
     rows = bool(weights) + bool(outputs) + 1
-    figure = Figure((PAGE, 0.5 + 1.35 * rows), layout="constrained")
+    named = len(layers) <= 25
+    figure = Figure((PAGE, 0.5 + 1.35 * rows + 0.8 * named), layout="constrained")
     *errors, sizes = figure.subplots(rows, 1, sharex=True)
     errors[0].set_title(title)
     if weights:
@@ -78,7 +79,7 @@ def plot_layers(record: dict[str, Any], title: str = "") -> Figure:
     sizes.set_ylabel("bytes")
     sizes.legend(ncols=2)
     sizes.margins(x=0.01)
-    if len(layers) <= 25:
+    if named:
         names = [layer["name"].removesuffix(".weight") for layer in layers]
         sizes.set_xticks(range(len(layers)), names, rotation=90)
     else:
