@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Options of the run, for instance: make run ARGS="model=mobilenet_v2 alpha=5.33"
 ARGS ?= model=resnet18 init=hierarchical
 
-.PHONY: help run test test-slow tables format bench clean
+.PHONY: help run test test-slow tables figures format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ format: $(VENV)/.dev  ## format the code
 
 bench: $(VENV)/.dev  ## clustering against other libraries
 	$(BIN)/python -m benchmarks.clustering
+
+figures: $(VENV)/.dev  ## draw the figures from records and published tables into results/figures
+	$(BIN)/python scripts/make_figures.py
 
 clean:  ## remove the environment and caches, not the results
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -25,12 +25,10 @@ from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
-from experiments.records import read_record, write_record
+from experiments.records import PACKED_FILE, read_record, write_record
 from experiments.tracking import OFF, Tracker
 from jlcm.config import Invalid, check_choice
 from jlcm.files import replacing
-
-PACKED_FILE = "packed.safetensors"
 
 
 def run(

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from experiments.runs import flatten
 from experiments.tables.cells import at
 from experiments.tables.specs import TABLES, Table, paper_numbers
 from experiments.tables.write import DIGITS, LABELS, caption, footnotes, label, paper_heading, shown
@@ -132,19 +133,8 @@ def _published(table: Table) -> list[dict[str, Any]]:
 def _runs(records: dict[str, dict[str, Any]]) -> str:
     """Configuration and bytes of each run as JSON that may stand inside a script element."""
     found = {
-        run_id: _flat(record["config"])
+        run_id: flatten(record["config"])
         | {name: at(record, path) for name, path in _SHOWN.items() if at(record, path) is not None}
         for run_id, record in records.items()
     }
     return json.dumps(found).replace("<", "\\u003c")
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options that are set, by their dotted names."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
