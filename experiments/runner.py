@@ -23,6 +23,7 @@ import jlcm
 from experiments.config import Config
 from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
+from experiments.memory import keep_freed_blocks
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, read_record, write_record
@@ -65,6 +66,7 @@ def run(
     check_files(config.data)
     finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
+    keep_freed_blocks()
     reset_peak_rss()
     with _timed(seconds, "load"):
         network = load_network(config.model, config.data, seed=config.seed, device=device)

@@ -14,7 +14,9 @@ from experiments.runs import (
     select,
 )
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(
+    path.stem for path in (CONF / "method").glob("*.yaml") if not path.stem.endswith("_short")
+)
 #: Overrides, the name of the method, and the options that are not at their defaults.
 CASES = [
     ((), "jlcm", {}),

@@ -11,8 +11,10 @@ from jlcm.files import replacing
 #: Keys and values of sweeps as they are printed; others are printed as they are.
 LABELS = {
     "adaround": "AdaRound",
+    "adaround_short": "AdaRound (short)",
     "bisecting": "bisecting k-means",
     "brecq": "BRECQ",
+    "brecq_short": "BRECQ (short)",
     "codebook": "codebooks",
     "deit_tiny": "DeiT-Ti",
     "dfq": "DFQ",
@@ -32,6 +34,7 @@ LABELS = {
     "multi_codebook": "multi-codebook",
     "multi_scale": "multi-scale",
     "nupes": "NUPES",
+    "nupes_short": "NUPES (short)",
     "powerquant": "PowerQuant",
     "proximal": "codebooks, mappings, proximal gradient",
     "redpp": "RED++",
