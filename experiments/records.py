@@ -11,6 +11,7 @@ from jlcm.files import replacing
 _log = logging.getLogger(__name__)
 
 RECORD = "record.json"
+PACKED_FILE = "packed.safetensors"
 #: Folder of the records behind published tables.
 PUBLISHED = "records"
 
