@@ -20,6 +20,7 @@ from experiments.config import Config
 from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.machine import choose_device, peak_rss_bytes, reset_peak_rss, versions
+from experiments.measure import measure
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, read_record, write_record
@@ -43,6 +44,8 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     check_options(config)
+    if config.task != "compress":
+        return measure(config, run_id=run_id, identity=identity, folder=folder)
     compress = compressor(config)
     if not config.force and (record := read_record(folder)) is not None:
         return record
