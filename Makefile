@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Options of the run, for instance: make run ARGS="model=mobilenet_v2 alpha=5.33"
 ARGS ?= model=resnet18 init=hierarchical
 
-.PHONY: help run test test-slow format bench clean
+.PHONY: help run test test-slow tables figures format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,12 +32,18 @@ test: $(VENV)/.dev  ## install what is needed, check the style and run the fast 
 test-slow: $(VENV)/.dev  ## run the slow tests and those that need a package index too
 	$(BIN)/python -m pytest -m 'not gpu'
 
+tables: $(VENV)/.run  ## write every table that has records, and results/report.html
+	$(BIN)/python scripts/make_tables.py
+
 format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## clustering against other libraries
 	$(BIN)/python -m benchmarks.clustering
+
+figures: $(VENV)/.dev  ## draw the figures from records and published tables into results/figures
+	$(BIN)/python scripts/make_figures.py
 
 clean:  ## remove the environment and caches, not the results
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -29,15 +29,24 @@ def main(config: DictConfig) -> None:
     # Imported here, so that --help and a mistyped option need no PyTorch.
     from experiments.report import as_text
     from experiments.runner import run
+    from experiments.tracking import open_tracker
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        record = run(
-            OmegaConf.to_object(config),
+        with open_tracker(
+            OmegaConf.to_object(config.tracking),
+            results_dir=Path(config.results_dir),
             run_id=run_id(config),
-            identity=identity(config),
-            folder=folder,
-        )
+            group=HydraConfig.get().runtime.choices.get("experiment"),
+            anew=config.force,
+        ) as tracker:
+            record = run(
+                OmegaConf.to_object(config),
+                run_id=run_id(config),
+                identity=identity(config),
+                folder=folder,
+                tracker=tracker,
+            )
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from experiments.config import register, run_id
 from experiments.records import read_record
+from experiments.runs import compression_seconds
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 #: Eq. 5 to 9 by themselves: nothing re-estimated around them, no discrete solver afterwards.
@@ -185,7 +186,7 @@ def summarise(records: list[dict[str, Any]]) -> pd.DataFrame:
             "alpha": record["alpha"],
             "samples": record["packed"]["samples"],
             **{name: _at(record, path) for name, path in MEASURES.items()},
-            "seconds": _seconds(record),
+            "seconds": compression_seconds(record),
         }
         for record in records
     )
@@ -196,12 +197,6 @@ def summarise(records: list[dict[str, Any]]) -> pd.DataFrame:
         spread = groups[name].std().rename(f"{name}_std")
         table.insert(table.columns.get_loc(name) + 1, f"{name}_std", spread)
     return table.reset_index().sort_values(["network", "alpha"], kind="stable")
-
-
-def _seconds(record: dict[str, Any]) -> float:
-    """Time of the compression, with that of the layers and blocks that another run has learned."""
-    restored = sum(part["seconds"] for part in record["learning"] if part.get("restored"))
-    return record["seconds"]["compress"] + restored
 
 
 def _at(record: dict[str, Any], path: tuple[str, ...]) -> float:

@@ -154,9 +154,12 @@ class ComputeConfig:
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    """Where metrics are mirrored; no part of a run's identity."""
+    """Where records are mirrored; no part of a run's identity."""
 
     mode: str = "off"
+    project: str = "jlcm"
+    entity: str | None = None  # user or team; None: the account's default
+    artifact: bool = False  # upload the packed file too
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """One measurement: memory, times or 16-bit accuracy of a network, and its record."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ from experiments.machine import choose_device, describe_machine, versions
 from experiments.models import Network, load_network
 from experiments.options import compressor, needs_calibration
 from experiments.records import PACKED_FILE, read_record, write_record
+from experiments.tracking import OFF, Tracker
 from jlcm.config import Invalid
 
 
 def measure(
-    config: Config, *, run_id: str, identity: dict[str, Any], folder: Path
+    config: Config,
+    *,
+    run_id: str,
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Tracker = OFF,
 ) -> dict[str, Any]:
     """Do one measurement, or return the record of a finished one.
 
@@ -31,6 +37,7 @@ def measure(
         run_id: name of the run.
         identity: what the measurement looks at; it goes into the record.
         folder: of the run.
+        tracker: mirrors the record; the caller closes it.
 
     Returns:
         The record. Its keys are described in `docs/records.md`.
@@ -47,6 +54,7 @@ def measure(
         case "precision":
             check_files(config.data)
     if not config.force and (record := read_record(folder)) is not None:
+        tracker.mirror(record)
         return record
     devices = choose_devices(config.compute.device)
     if config.compute.threads is not None:
@@ -73,7 +81,11 @@ def measure(
         "notes": notes,
     }
     write_record(folder, record)
-    return read_record(folder)
+    record = read_record(folder)
+    # Begun only now, so that it does not disturb the measurement.
+    tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
+    tracker.log_record(record)
+    return record
 
 
 def choose_devices(device: str) -> list[torch.device]:

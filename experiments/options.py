@@ -26,7 +26,6 @@ def check_options(config: Config) -> None:
     check_choice("task", config.task, TASKS)
     check_alpha(config.alpha)
     check_choice("output", config.output, ("table", "json"))
-    check_choice("tracking", config.tracking.mode, ("off",))
     if config.compute.batch_size < 1 or config.compute.workers < 0:
         raise Invalid("compute.batch_size must be at least 1 and compute.workers at least 0")
     if config.data.limit is not None and config.data.limit < 1:

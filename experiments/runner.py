@@ -24,11 +24,19 @@ from experiments.measure import measure
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, read_record, write_record
+from experiments.tracking import OFF, Tracker
 from jlcm.config import Invalid
 from jlcm.files import replacing
 
 
-def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(
+    config: Config,
+    *,
+    run_id: str,
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Tracker = OFF,
+) -> dict[str, Any]:
     """Do one run, or return the record of a finished one.
 
     Args:
@@ -36,6 +44,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         run_id: name of the run.
         identity: the part of the configuration that decides the result; it goes into the record.
         folder: of the run.
+        tracker: mirrors the run; the caller closes it.
 
     Returns:
         The record. Its keys are described in `docs/records.md`.
@@ -45,9 +54,10 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
     """
     check_options(config)
     if config.task != "compress":
-        return measure(config, run_id=run_id, identity=identity, folder=folder)
+        return measure(config, run_id=run_id, identity=identity, folder=folder, tracker=tracker)
     compress = compressor(config)
     if not config.force and (record := read_record(folder)) is not None:
+        tracker.mirror(record)
         return record
     device = choose_device(config.compute.device)
     if config.compute.threads is not None:
@@ -61,6 +71,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
         data = load_data(
             config.data, network.preprocessing, classes=network.classes, seed=config.seed
         )
+    tracker.start(identity | {"compute": asdict(config.compute)})
     with _timed(seconds, "compress"), _memory_errors():
         compressed = compress(
             network.module,
@@ -70,6 +81,7 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
             folder=finished,
             seed=config.seed,
             device=device,
+            on_result=tracker.log_result,
         )
     path = folder / PACKED_FILE
     with _timed(seconds, "save"):
@@ -100,7 +112,9 @@ def run(config: Config, *, run_id: str, identity: dict[str, Any], folder: Path) 
     write_record(folder, record)
     if config.stages_dir is None:  # only needed to go on after a stop
         shutil.rmtree(finished, ignore_errors=True)
-    return read_record(folder)
+    record = read_record(folder)
+    tracker.log_record(record)
+    return record
 
 
 def _calibration_images(data: Data) -> Tensor:

@@ -28,6 +28,7 @@ from jlcm.learning.blocks import Blocks, learn_blocks
 from jlcm.learning.distill import Distill
 from jlcm.learning.distill import distill as run_distill
 from jlcm.learning.options import Learn
+from jlcm.learning.report import OnResult, ignore
 from jlcm.learning.sequential import learn_layers
 from jlcm.outliers import add_outliers
 from jlcm.permutation import permute_slice
@@ -76,6 +77,7 @@ def compress(
     inplace: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    on_result: OnResult = ignore,
 ) -> nn.Module:
     """Compress a network's weights into codebooks, without data or with unlabelled inputs.
 
@@ -109,6 +111,8 @@ def compress(
         inplace: use up `model` in place of a copy.
         device: where learning runs.
         progress: show a progress bar.
+        on_result: called with the result of each layer and block and of each epoch of distillation
+            as soon as there is one, also with those read from `folder`, in the same order.
 
     Returns:
         The compressed network, in evaluation mode. Its layers hold codes and decode when they run.
@@ -213,6 +217,7 @@ def compress(
     reference = copy.deepcopy(model) if learn or blocks or distill or outliers else None
     pack_model(model, packed, folded)
     model.compression, model.learning = summary, []
+    stage["on_result"] = on_result
     if learn:
         layers = _part(folder, "layers")
         model.learning += learn_layers(

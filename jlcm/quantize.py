@@ -20,6 +20,7 @@ from jlcm.compress import (
 from jlcm.config import FIRST_LAST, Invalid, check_alpha, check_choice
 from jlcm.encode import encode_int8, relative_error
 from jlcm.fold import fold_batch_norms, norms_after_layers
+from jlcm.learning.report import OnResult, ignore
 from jlcm.methods.adaround import AdaRound, adaround, nearest
 from jlcm.methods.brecq import Brecq, brecq
 from jlcm.methods.dfq import DFQ, dfq
@@ -83,6 +84,7 @@ def quantize(
     inplace: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    on_result: OnResult = ignore,
 ) -> nn.Module:
     """Quantise a network's weights by one of the methods that `jlcm.compress` is compared with.
 
@@ -103,6 +105,7 @@ def quantize(
         inplace: use up `model` in place of a copy.
         device: where learning runs.
         progress: show progress bars.
+        on_result: called with the result of each layer, block or epoch as soon as there is one.
 
     Returns:
         The quantised network, in evaluation mode, as `jlcm.compress` returns it.
@@ -134,6 +137,7 @@ def quantize(
         seed=seed,
         device=torch.device(device),
         progress=progress,
+        on_result=on_result,
     )
     summary = Compression(
         alpha=alpha,

@@ -101,7 +101,10 @@ def test_unreachable_gpu_is_refused(monkeypatch):
 
 def test_identity_ignores_the_machine_and_nothing_else():
     base = run_id(composed())
-    same = ("compute.batch_size=8", "force=true", "output=json", "results_dir=elsewhere")
+    same = (
+        "compute.batch_size=8", "force=true", "output=json", "results_dir=elsewhere",
+        "tracking=online", "tracking.artifact=true",
+    )  # fmt: skip
     different = ("alpha=5.33", "seed=1", "init=kmeans", "encoding=auto", "data.image_size=64")
     assert {run_id(composed(o)) for o in same} == {base}
     assert len({run_id(composed(o)) for o in different} | {base}) == len(different) + 1

@@ -224,6 +224,27 @@ def test_rounding_starts_at_the_weight_and_its_penalty_at_the_middle():
     assert torch.allclose(held(), rounding(), atol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [1.0, 2.0, 7.5])
+def test_rounding_and_penalty_have_the_gradients_of_their_formulas(beta):
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).mul_(1.5)
+    rounding = Rounding(stored(weight.clamp(-1, 1)), weight)  # some weights beyond the grid
+    with torch.no_grad():
+        rounding.choice.add_(torch.randn(5, 12, generator=torch.Generator().manual_seed(2)) * 2)
+    pull = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    ((rounding() * pull).sum() + 0.3 * rounding.penalty(beta)).backward()
+
+    choice = rounding.choice.detach().clone().requires_grad_()
+    up = (1.2 * choice.sigmoid() - 0.1).clamp(0, 1)
+    grid = min_max(weight.clamp(-1, 1), 3)
+    values = grid.values((rounding.floor + up).clamp(0, 7))
+    penalty = (1 - (2 * up - 1).abs().pow(beta)).sum()
+    ((values * pull).sum() + 0.3 * penalty).backward()
+    assert torch.allclose(rounding(), values, atol=1e-6)
+    assert rounding.penalty(beta).item() == pytest.approx(penalty.item(), rel=1e-5)
+    assert torch.allclose(rounding.choice.grad, choice.grad, atol=1e-5)
+    assert 0 < (choice.grad == 0).float().mean() < 1
+
+
 def test_penalty_hardens():
     weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     rounding = Rounding(stored(weight), weight)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments.config import register
@@ -103,9 +104,10 @@ def test_unfinished_run_runs_again(finished, cache):
     assert last_json(run(*arguments, cache=cache))["packed"] == record["packed"]
 
 
-def test_sweep_goes_on_after_a_failed_job(finished, cache):
+def test_sweep_goes_on_after_a_failed_job_and_writes_its_table(finished, cache):
     results, _ = finished
-    arguments = ["-m", *SMALL, f"results_dir={results}", "alpha=3.9,99,7.5", "encoding=auto"]
+    sweep = [*SMALL, f"results_dir={results}", "alpha=3.9,99,7.5", "encoding=auto"]
+    arguments = ["-m", "experiment=table3_digits", *sweep]
     result = run(*arguments, cache=cache, expect=1)
     records = [json.loads(p.read_text()) for p in results.glob("runs/*/record.json")]
     alphas = sorted(
@@ -113,6 +115,15 @@ def test_sweep_goes_on_after_a_failed_job(finished, cache):
     )
     assert alphas == [3.9, 7.5]
     assert "alpha=99.0 must be above 1 and at most 16" in result.stderr
+    (table,) = (results / "tables").glob("table3_digits@*.csv")
+    cells = pd.read_csv(table).query("init == 'kmeans'").set_index("alpha")
+    assert cells.loc[99, "status"] == "not run" and pd.isna(cells.loc[99, "ours"])
+    for record in records:
+        alpha = record["config"]["alpha"]
+        if record["config"]["encoding"]["kind"] == "auto":
+            assert cells.loc[alpha, "ours"] == pytest.approx(record["packed"]["top1"], rel=1e-5)
+            assert cells.loc[alpha, "runs"] == record["run_id"]
+    assert "table3_digits@" in (results / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

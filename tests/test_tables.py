@@ -224,6 +224,6 @@ def test_sweep_with_other_options_has_its_own_file(digits, tmp_path):
     record = record_of(cells("table5_digits", tuple(extra))[0], samples=100)
     write_record(tmp_path / "runs" / record["run_id"], record)
     sweep = ["-m", "experiment=table5_digits", f"results_dir={tmp_path}", "method=jlcm", *extra]
-    assert [file.name for file in after_sweep(sweep)][0] == "table5_digits,data.limit=100.csv"
+    assert [file.name for file in after_sweep(sweep)][0] == "table5_digits@data.limit=100.csv"
     with pytest.raises(ValueError, match="run it first"):
         make_tables(tmp_path, ["table5_digits"])

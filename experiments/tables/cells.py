@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from experiments.config import NOT_IDENTITY, identity, register
+from experiments.runs import CONF, compression_seconds
 from experiments.tables.specs import TABLES, Measure, Table, paper_numbers
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 #: Where the data lies is no part of what a cell is; all runs of a table must agree on it.
 _PLACES = ("root", "list", "calibration_root", "calibration_list")
 
@@ -175,7 +175,6 @@ _MEANS = {
     "true alpha": "footprint.alpha_layers",
     "alpha total": "footprint.alpha_total",
     "file bytes": "footprint.file_bytes",
-    "seconds": "seconds.compress",
     "KL": "packed.kl",
     "samples": "packed.samples",
 }
@@ -188,6 +187,7 @@ def _common(records: list[dict[str, Any]]) -> dict[str, Any]:
     notes = dict.fromkeys(note for record in records for note in record.get("notes", ()))
     return {
         **{name: mean(at(r, path) for r in records) for name, path in _MEANS.items()},
+        "seconds": mean(map(compression_seconds, records)),
         "nominal alpha": mean(map(nominal_alpha, records)),
         "peak GB": mean(at(r, "peak_rss_bytes") for r in records) / 1e9,
         "data": " ".join(sorted({r["config"].get("data", {}).get("kind", "") for r in records})),

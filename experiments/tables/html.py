@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from experiments.runs import flatten
 from experiments.tables.cells import at
 from experiments.tables.specs import TABLES, Table, paper_numbers
 from experiments.tables.write import DIGITS, LABELS, caption, footnotes, label, paper_heading, shown
@@ -37,7 +38,7 @@ def write_report(
 
     Args:
         path: of the page. Links to records are relative to its folder.
-        tables: tidy tables by the name of their experiment, with or without overrides after it;
+        tables: tidy tables by the name of their experiment, and overrides after it if any (@);
             an experiment without one is shown as not run.
         records: of the tables' runs, by run_id.
         figures: PNG files and their captions.
@@ -64,7 +65,7 @@ def write_report(
 
 def _section(name: str, tidy: pd.DataFrame | None) -> dict[str, Any]:
     """What the page shows of one table."""
-    experiment, *overrides = name.split(",")
+    experiment, *overrides = name.split("@")
     table = TABLES[experiment]
     command = f"python run.py -m experiment={experiment} {' '.join(overrides)} {table.command}"
     section = {
@@ -132,19 +133,8 @@ def _published(table: Table) -> list[dict[str, Any]]:
 def _runs(records: dict[str, dict[str, Any]]) -> str:
     """Configuration and bytes of each run as JSON that may stand inside a script element."""
     found = {
-        run_id: _flat(record["config"])
+        run_id: flatten(record["config"])
         | {name: at(record, path) for name, path in _SHOWN.items() if at(record, path) is not None}
         for run_id, record in records.items()
     }
     return json.dumps(found).replace("<", "\\u003c")
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options that are set, by their dotted names."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat

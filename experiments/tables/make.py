@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.figures import CAPTIONS
 from experiments.records import load_records, publish_record
 from experiments.tables.cells import narrowed, tidy
 from experiments.tables.html import write_report
@@ -45,7 +46,7 @@ def make_tables(
             continue
         for run_id in used:
             publish_record(results_dir, records[run_id])
-        stem = ",".join([name, *(text.replace("/", "_") for text in extra)])
+        stem = "@".join([name, *(text.replace("/", "_") for text in extra)])
         files += write_table(results_dir / "tables", stem, TABLES[name], table)
     if not files:
         wanted = ", ".join(names) if names else "any table"
@@ -78,8 +79,10 @@ def make_report(results_dir: Path) -> Path:
     tables = {path.stem: read_tidy(path) for path in sorted((results_dir / "tables").glob("*.csv"))}
     used = {run_id for table in tables.values() for run_id in " ".join(table["runs"]).split()}
     records = {k: v for k, v in load_records(results_dir).items() if k in used}
+    drawn = {name: results_dir / "figures" / f"{name}.png" for name in CAPTIONS}
+    figures = {path: CAPTIONS[name] for name, path in drawn.items() if path.is_file()}
     path = results_dir / "report.html"
-    write_report(path, tables, records, {})
+    write_report(path, tables, records, figures)
     return path
 
 

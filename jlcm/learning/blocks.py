@@ -21,6 +21,7 @@ from jlcm.config import Invalid, check_choice
 from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
+from jlcm.learning.report import OnResult, collector, ignore
 from jlcm.learning.resume import restore_part, save_part, stage_folder
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
 from jlcm.packed import StoredWeight
@@ -98,6 +99,7 @@ def learn_blocks(
     device: str | torch.device = "cpu",
     progress: bool = True,
     folder: Path | None = None,
+    on_result: OnResult = ignore,
 ) -> list[BlockResult]:
     """Tune the blocks of a compressed network in place; shapes and bytes stay as they are.
 
@@ -111,6 +113,7 @@ def learn_blocks(
         progress: show a progress bar.
         folder: where each finished block is written, so that an interrupted run goes on from there,
             and runs that begin alike share what they have in common.
+        on_result: called with each result as soon as there is one.
 
     Returns:
         One result for each block, in forward order.
@@ -143,7 +146,7 @@ def learn_blocks(
     folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = find_blocks(calibration, options.weights)
-    results = []
+    results, finish = collector(on_result)
     bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
         codes = options.lr_codes > 0
@@ -152,14 +155,14 @@ def learn_blocks(
         if path is not None and path.exists():
             metadata = restore_part(path, _buffers(members))
             result = BlockResult(**json.loads(metadata["result"]))
-            results.append(replace(result, restored=True))
+            finish(replace(result, restored=True))
             continue
         began = time.perf_counter()
         result = _Block(calibration, block, twin, members, options, seed + index).train()
         result.seconds = time.perf_counter() - began
-        results.append(result)
         if path is not None:
             save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
+        finish(result)
         bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
     reference.train(training[0])
     packed.train(training[1])

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from jlcm.learning.forward import (
     precision,
     to_device,
 )
+from jlcm.learning.report import OnResult, ignore
 from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.learning.trainable import (
     StandIn,
@@ -104,6 +106,25 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What one epoch came to.
+
+    Attributes:
+        epoch: counted from 1.
+        training_loss: mean over its steps, in nats per output row.
+        held_out_loss: after it, of the network as it is stored.
+        seconds: that it took; NaN where it was restored.
+        restored: whether it was read from the folder of an earlier run.
+    """
+
+    epoch: int
+    training_loss: float
+    held_out_loss: float
+    seconds: float = float("nan")
+    restored: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillResult:
     """What the stage did.
 
@@ -135,6 +156,7 @@ def distill(
     folder: Path | None = None,
     stand_in: StandIn | None = None,
     before_step: Callable[[float], None] | None = None,
+    on_result: OnResult = ignore,
 ) -> DistillResult:
     """Tune a compressed network in place; its shapes and bytes stay as they are.
 
@@ -155,6 +177,7 @@ def distill(
         stand_in: makes what is trained in the place of each packed weight, None for its codebooks,
             scales and, with `lr_codes`, codes. Not with a folder, which cannot tell them apart.
         before_step: called before each step with the share of the training that is done.
+        on_result: called with each `EpochResult` as soon as there is one.
 
     Returns:
         Losses before and after.
@@ -177,7 +200,7 @@ def distill(
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     try:
         run = _Run(packed, reference, inputs, options, seed, device, folder, stand_in, before_step)
-        return run.train(progress)
+        return run.train(progress, on_result)
     except BaseException:
         _restore(packed, initial)
         raise
@@ -213,9 +236,13 @@ class _Run:
         self.initial_loss = self.best_loss = self._held_out_losses().mean().item()
         self.best, self.best_epoch = self.initial, 0
 
-    def train(self, progress: bool) -> DistillResult:
+    def train(self, progress: bool, on_result: OnResult) -> DistillResult:
         if self.path is not None and self.path.exists():
             self._resume()
+        for epoch, (trained, loss) in enumerate(self.history, 1):
+            on_result(
+                EpochResult(epoch=epoch, training_loss=trained, held_out_loss=loss, restored=True)
+            )
         bar = tqdm(
             total=self.options.epochs,
             initial=self.epoch,
@@ -227,6 +254,7 @@ class _Run:
         with bar:
             bar.set_postfix(held_out=f"{self.best_loss:.4f}")
             while self.epoch < self.options.epochs:
+                began = time.perf_counter()
                 trained = self._epoch()
                 self._write()
                 loss = self._held_out_losses().mean().item()
@@ -239,6 +267,14 @@ class _Run:
                     self._save()
                 bar.update()
                 bar.set_postfix(train=f"{trained:.4f}", held_out=f"{loss:.4f}")
+                on_result(
+                    EpochResult(
+                        epoch=self.epoch,
+                        training_loss=trained,
+                        held_out_loss=loss,
+                        seconds=time.perf_counter() - began,
+                    )
+                )
         return self._finish()
 
     def _finish(self) -> DistillResult:

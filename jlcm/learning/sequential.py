@@ -29,6 +29,7 @@ from jlcm.learning.layer import (
 from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
+from jlcm.learning.report import OnResult, collector, ignore
 from jlcm.learning.resume import restore_part, save_part, stage_folder
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
@@ -74,6 +75,7 @@ def learn_layers(
     device: str | torch.device = "cpu",
     progress: bool = True,
     folder: Path | None = None,
+    on_result: OnResult = ignore,
 ) -> list[LayerResult]:
     """Learn the packed weights of a network from calibration inputs, in place.
 
@@ -87,6 +89,7 @@ def learn_layers(
         progress: show a progress bar.
         folder: where each finished layer is written, so that an interrupted run goes on from there,
             and runs that begin alike share what they have in common.
+        on_result: called with each result as soon as there is one.
 
     Returns:
         One result for each packed weight, in forward order.
@@ -115,7 +118,7 @@ def learn_layers(
     )
     store = dict(stored_tensors(packed))
     folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
-    results, modules = [], dict(reference.named_modules())
+    (results, finish), modules = collector(on_result), dict(reference.named_modules())
     bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
     for index, layer in enumerate(bar):
         target = target_of(layer, store, modules, device)
@@ -124,19 +127,19 @@ def learn_layers(
             metadata = restore_part(path, stored_parts(target))
             target.weight.relative_error = float(metadata["relative_error"])
             result = LayerResult(**json.loads(metadata["result"]))
-            results.append(replace(result, restored=True))
+            finish(replace(result, restored=True))
             continue
         began = time.perf_counter()
         result = _learn_layer(calibration, index, target, options, seed)
         result.seconds = time.perf_counter() - began
-        results.append(result)
         if path is not None:
             metadata = {"result": json.dumps(asdict(result))}
             metadata["relative_error"] = repr(target.weight.relative_error)
             save_part(path, stored_parts(target), metadata)
+        finish(result)
         bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
     for name, note in calibration.skipped.items():
-        results.append(LayerResult(name=name, note=note))
+        finish(LayerResult(name=name, note=note))
     reference.train(training[0])
     packed.train(training[1])
     return results

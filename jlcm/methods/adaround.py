@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jlcm.config import Invalid
 from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration, Layer
+from jlcm.learning.report import collector
 from jlcm.learning.sequential import LayerResult, joined
 from jlcm.methods.network import Network
 from jlcm.methods.reconstruction import (
@@ -92,7 +93,8 @@ def learn_layers(
     calibration = calibration_of(
         packed, reference, network, positions=options.positions, memory=options.memory
     )
-    weights, store, results = dict(reference.named_parameters()), dict(stored_tensors(packed)), []
+    weights, store = dict(reference.named_parameters()), dict(stored_tensors(packed))
+    results, finish = collector(network.on_result)
     bar = tqdm(
         calibration.layers,
         desc="reconstruct",
@@ -108,7 +110,7 @@ def learn_layers(
         try:
             columns = _Columns(calibration, index, packed, options)
         except NotImplementedError as error:
-            results.append(LayerResult(name=layer.name, note=f"rounded to nearest: {error}"))
+            finish(LayerResult(name=layer.name, note=f"rounded to nearest: {error}"))
             continue
         trained = rounding(stored, weights[layer.name]).to(network.device)
         result = reconstruct(
@@ -119,9 +121,11 @@ def learn_layers(
             options=options,
         )
         result.seconds = time.perf_counter() - began
-        results.append(result)
+        finish(result)
         bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
-    return results + unreached(calibration)
+    for result in unreached(calibration):
+        finish(result)
+    return results
 
 
 def _step(columns: "_Columns", rounding: nn.Module, step: int) -> Tensor:

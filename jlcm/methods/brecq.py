@@ -18,6 +18,7 @@ from jlcm.layers import STORE, stored_tensors
 from jlcm.learning.blocks import Run, find_blocks
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, divergence, logits_of, precision
+from jlcm.learning.report import collector
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.adaround import AdaRound, adaround
 from jlcm.methods.network import Network
@@ -83,7 +84,8 @@ def brecq(
         network.notes.append("the network cannot be traced into blocks: layer by layer (AdaRound)")
         return adaround(packed, reference, network, AdaRound(memory=options.memory))
     twin = copy.deepcopy(packed).requires_grad_(False)
-    weights, store, results = dict(reference.named_parameters()), dict(stored_tensors(packed)), []
+    weights, store = dict(reference.named_parameters()), dict(stored_tensors(packed))
+    results, finish = collector(network.on_result)
     blocks = find_blocks(calibration, options.weights)
     bar = tqdm(blocks, desc="reconstruct", unit="block", disable=not network.progress, leave=False)
     for block in bar:
@@ -104,9 +106,11 @@ def brecq(
             name, roundings, loss=learner.loss, error=learner.error, options=options
         )
         result.seconds = time.perf_counter() - began
-        results.append(result)
+        finish(result)
         bar.set_postfix_str(f"{name} {result.before:.4f} -> {result.after:.4f}")
-    return results + unreached(calibration)
+    for result in unreached(calibration):
+        finish(result)
+    return results
 
 
 class _Block:

@@ -191,5 +191,6 @@ def dkm(
         progress=network.progress,
         stand_in=stand_in,
         before_step=before_step,
+        on_result=network.on_result,
     )
     return [result]

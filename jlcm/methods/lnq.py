@@ -125,6 +125,7 @@ def lnq(
         seed=network.seed,
         device=network.device,
         progress=network.progress,
+        on_result=network.on_result,
     )
 
 

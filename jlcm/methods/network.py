@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from jlcm.learning.report import OnResult, ignore
 from jlcm.packed import StoredWeight
 
 
@@ -27,6 +28,7 @@ class Network:
         seed: of every random choice.
         device: where learning runs.
         progress: show progress bars.
+        on_result: called with the result of each layer, block or epoch as soon as there is one.
         notes: what was done otherwise than the method's paper has it, one sentence each.
         relu: names of clipped activations that became plain ReLU.
     """
@@ -40,6 +42,7 @@ class Network:
     seed: int = 0
     device: torch.device = torch.device("cpu")
     progress: bool = True
+    on_result: OnResult = ignore
     notes: list[str] = field(default_factory=list)
     relu: list[str] = field(default_factory=list)
 

@@ -52,8 +52,8 @@ class Steps:
                 raise Invalid(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.warmup < 1:
             raise Invalid(f"warmup={self.warmup} must be at least 0 and below 1")
-        if len(self.beta) != 2 or min(self.beta) <= 0:
-            raise Invalid(f"beta={self.beta} must be two positive exponents")
+        if len(self.beta) != 2 or min(self.beta) < 1:
+            raise Invalid(f"beta={self.beta} must be two exponents of at least 1")
 
 
 class Rounding(nn.Module):
@@ -75,20 +75,22 @@ class Rounding(nn.Module):
         grid = grid_of(stored)
         position = grid.position(weight.detach().float().reshape(stored.rows, -1))
         self.levels = 2**stored.bits - 1
-        self.register_buffer("step", grid.step)
-        self.register_buffer("offset", grid.offset)
-        self.register_buffer("floor", position.floor())
-        part = (position - position.floor() - LOW) / (HIGH - LOW)
+        floor = position.floor()
+        # Beyond the grid's ends there is one level only, and nothing to choose.
+        inside = (floor >= 0) & (floor < self.levels)
+        self.register_buffer("floor", floor)
+        self.register_buffer("lower", grid.values(floor.clamp(0, self.levels)))
+        self.register_buffer("reach", torch.where(inside, grid.step, 0.0))
+        part = (position - floor - LOW) / (HIGH - LOW)
         self.choice = nn.Parameter(torch.logit(part))
 
     def forward(self) -> Tensor:
         """The weight with its present rounding: `shape` tensor of `dtype`."""
-        codes = (self.floor + self._up()).clamp(0, self.levels)
-        return ((codes - self.offset) * self.step).view(self.shape).to(self.dtype)
+        return _Rounded.apply(self.choice, self.lower, self.reach).view(self.shape).to(self.dtype)
 
     def penalty(self, beta: float) -> Tensor:
         """Sum of 1 - |2 h - 1|^beta: zero where every weight is rounded up or down (Eq. 24)."""
-        return (1 - (2 * self._up() - 1).abs().pow(beta)).sum()
+        return _Undecided.apply(self.choice, beta)
 
     def parameter_groups(self, options: Steps) -> list[dict]:
         """What Adam trains."""
@@ -97,11 +99,50 @@ class Rounding(nn.Module):
     @torch.no_grad()
     def write(self, stored: UniformWeight) -> None:
         """Store the nearer of the two levels for each weight; shapes and bytes stay."""
-        codes = (self.floor + (self._up() >= 0.5)).clamp(0, self.levels)
+        codes = (self.floor + (self.choice >= 0)).clamp(0, self.levels)
         stored.codes.copy_(grid_of(stored).stored(codes, stored.shape, stored.dtype).codes)
 
-    def _up(self) -> Tensor:
-        return (self.choice.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+def _rounded_up(choice: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, dh / dV) of the rounding, in few passes over memory."""
+    sigmoid = choice.sigmoid()
+    slope = (1 - sigmoid).mul_(sigmoid).mul_(HIGH - LOW)
+    up = sigmoid.mul_(HIGH - LOW).add_(LOW)
+    slope.mul_((up > 0) & (up < 1))
+    return up.clamp_(0, 1), slope
+
+
+class _Rounded(torch.autograd.Function):
+    """lower + h(V) * reach."""
+
+    @staticmethod
+    def forward(ctx, choice: Tensor, lower: Tensor, reach: Tensor) -> Tensor:
+        up, slope = _rounded_up(choice)
+        ctx.save_for_backward(slope.mul_(reach))
+        return torch.addcmul(lower, up, reach)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
+
+
+class _Undecided(torch.autograd.Function):
+    """Sum of 1 - |2 h(V) - 1|^beta."""
+
+    @staticmethod
+    def forward(ctx, choice: Tensor, beta: float) -> Tensor:
+        up, slope = _rounded_up(choice)
+        centred = up.mul_(2).sub_(1)
+        size = centred.abs()
+        power = size.pow(beta - 1)
+        ctx.save_for_backward(slope.mul_(power).mul_(centred.sign_()).mul_(-2 * beta))
+        return choice.numel() - power.mul_(size).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
 
 
 def grid_of(stored: UniformWeight) -> Grid:
@@ -132,7 +173,7 @@ def train(
     """
     roundings = list(roundings)
     groups = [group for rounding in roundings for group in rounding.parameter_groups(options)]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     free, curve = options.warmup * options.iterations, []
     first, last = options.beta
     for step in range(options.iterations):

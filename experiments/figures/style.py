@@ -1,0 +1,115 @@
+"""What all figures share: rcParams, sizes, and one colour and marker for each method."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+from matplotlib.figure import Figure
+
+from jlcm.files import replacing
+
+#: Widths of a column and of a page of a two-column paper, in inches.
+COLUMN, PAGE = 3.4, 6.9
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "figure.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4.5,
+    "lines.markeredgewidth": 0.6,
+    "errorbar.capsize": 2.0,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "savefig.dpi": 250,
+    "pdf.fonttype": 42,  # TrueType
+}
+#: Decorator: draw in this style, whatever matplotlibrc says.
+styled = matplotlib.style.context(["default", RC])
+
+
+class Look(NamedTuple):
+    """Name in a legend, colour and marker."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+# Colours of Okabe and Ito and of Tol's "muted" scheme, both made for colour blindness.
+METHODS = {
+    "jlcm": Look("JLCM", "#D55E00", "*"),
+    "jlcm_init": Look("JLCM, data-free", "#E69F00", "o"),
+    "rtn": Look("RTN", "#777777", "x"),
+    "dfq": Look("DFQ", "#44AA99", "s"),
+    "squant": Look("SQuant", "#117733", "^"),
+    "powerquant": Look("PowerQuant", "#999933", "v"),
+    "redpp": Look("RED++", "#DDCC77", "D"),
+    "rex": Look("REx", "#AA4499", "P"),
+    "adaround": Look("AdaRound", "#0072B2", "s"),
+    "brecq": Look("BRECQ", "#332288", "D"),
+    "nupes": Look("NUPES", "#88CCEE", "v"),
+    "lnq": Look("LNQ", "#CC6677", "^"),
+    "dkm": Look("DKM", "#882255", "X"),
+}
+INITS = {
+    "random": Look("random", "#777777", "x"),
+    "kmeans": Look("k-means", "#0072B2", "s"),
+    "bisecting": Look("bisecting", "#009E73", "^"),
+    "spectral": Look("spectral", "#CC79A7", "D"),
+    "hierarchical": Look("hierarchical", "#E69F00", "o"),
+}
+_NETWORKS = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "mobilenet_v2": "MobileNetV2",
+    "efficientnet_b0": "EfficientNet-B0",
+    "vit_b_16": "ViT-B/16",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "efficientnet_lite1": "EfficientNet-Lite1",
+    "efficientnet_lite2": "EfficientNet-Lite2",
+}
+
+
+def look(method: str) -> Look:
+    """The look of a method; one that has none yet is grey with its initial."""
+    return METHODS.get(method) or Look(method, "#777777", f"${method[:1]}$")
+
+
+def title(panel: str) -> str:
+    """Title of a panel: the network's usual name, and the data below it."""
+    network, _, rest = panel.partition(", ")
+    return f"{_NETWORKS.get(network, network)}\n{rest}" if rest else _NETWORKS.get(network, network)
+
+
+@styled
+def save(figure: Figure, path: Path, formats: tuple[str, ...] = ("pdf", "png")) -> list[Path]:
+    """Write a figure as `path` with each suffix, atomically; the same figure gives the same bytes.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    dates = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    written = []
+    for suffix in formats:
+        written.append(path.with_name(f"{path.name}.{suffix}"))
+        with replacing(written[-1]) as temporary:
+            metadata = dates.get(suffix, {"Software": None})
+            figure.savefig(temporary, format=suffix, metadata=metadata)
+    return written
