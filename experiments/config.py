@@ -125,6 +125,24 @@ class LearnConfig:
 
 
 @dataclass(kw_only=True)
+class FootprintConfig:
+    """Memory of weights and activations (task=footprint, Table 1)."""
+
+    dtype: str = "float16"
+    batch_size: int = 1
+
+
+@dataclass(kw_only=True)
+class LatencyConfig:
+    """Times of the network in memory, on disk and packed (task=latency, Table 2, rebuttal)."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    rounds: int = 7  # all variants once per round, so that the machine's drift hits them alike
+    repeats: int = 3  # timed forwards of a variant per round
+    memory_limit: int = 2_000_000_000  # bytes; weights beyond it go to disk, or all if they fit
+
+
+@dataclass(kw_only=True)
 class ComputeConfig:
     """The machine; no part of a run's identity."""
 
@@ -148,6 +166,7 @@ class TrackingConfig:
 class Config:
     """One run."""
 
+    task: str = "compress"  # or a measurement: footprint, latency, precision
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = MISSING
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -156,6 +175,8 @@ class Config:
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     reorder: ReorderConfig = field(default_factory=ReorderConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
+    footprint: FootprintConfig = field(default_factory=FootprintConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     experiment: Any = None
@@ -166,6 +187,9 @@ class Config:
     results_dir: str = "results"
     stages_dir: str | None = None  # finished stages, kept for runs that begin alike
 
+
+#: What a run does: compress and evaluate, or measure.
+TASKS = ("compress", "footprint", "latency", "precision")
 
 #: Kinds of data, the one group whose choices differ in their options.
 DATA_SCHEMAS = {
@@ -192,17 +216,29 @@ def register() -> None:
 def identity(config: DictConfig) -> dict[str, Any]:
     """The part of a configuration that decides the result, resolved.
 
-    Groups that the method does not look at are left out.
+    What the task or the method does not look at is left out.
     """
     kept = [key for key in config if key not in NOT_IDENTITY]
     resolved = OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+    task = resolved.pop("task")
+    measurements = {name: resolved.pop(name) for name in ("footprint", "latency")}
+    if task == "latency" and resolved["method"]["name"] == "jlcm":
+        resolved["method"]["name"] = "jlcm_init"  # learning changes no time
     if resolved["method"]["name"] == "jlcm_init":
         del resolved["learn"]
     elif resolved["method"]["name"] != "jlcm":
         ends = resolved.pop("encoding")["first_last"]
         resolved = {k: v for k, v in resolved.items() if k not in ("init", "reorder", "learn")}
         resolved["encoding"] = {"first_last": ends}
-    return resolved
+    if task == "compress":
+        return resolved
+    looked_at = {"footprint": ("model",), "precision": ("model", "data", "seed")}
+    kept = {"task": task} | {k: resolved[k] for k in looked_at.get(task, tuple(resolved))}
+    if task in measurements:
+        # Of the data only what decides the network's classes and the size of its inputs.
+        size = {k: v for k, v in resolved["data"].items() if k in ("kind", "image_size", "crop")}
+        kept |= {"data": size, task: measurements[task]}
+    return kept
 
 
 def run_id(config: DictConfig) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import jlcm
-from experiments.config import Config, LearnConfig
+from experiments.config import TASKS, Config, LearnConfig
 from jlcm.config import ALLOCATIONS, FIRST_LAST, REORDERINGS, Invalid, check_alpha, check_choice
 from jlcm.quantize import METHODS
 
@@ -23,6 +23,7 @@ def check_options(config: Config) -> None:
     Raises:
         Invalid: (a ValueError) naming the option and the valid choices.
     """
+    check_choice("task", config.task, TASKS)
     check_alpha(config.alpha)
     check_choice("output", config.output, ("table", "json"))
     if config.compute.batch_size < 1 or config.compute.workers < 0:

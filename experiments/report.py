@@ -4,7 +4,96 @@ from typing import Any
 
 
 def as_text(record: dict[str, Any]) -> str:
-    """The summary of a run: accuracy, bytes, time and one line per layer."""
+    """The summary of a run: what it compressed, or what it measured."""
+    match record.get("task", "compress"):
+        case "footprint":
+            lines = _footprint(record)
+        case "latency":
+            lines = _latency(record)
+        case "precision":
+            lines = _precision(record)
+        case _:
+            return _compressed(record)
+    notes = [f"note: {note}" for note in record["notes"]]
+    return "\n".join([*lines, f"seconds: {record['seconds']['measure']:.1f}", *notes])
+
+
+def _footprint(record: dict[str, Any]) -> list[str]:
+    """Weights and activations, and what is in memory at the peak."""
+    found = record["results"]["footprint"]
+    measured = [
+        f"{size:,} measured on {device}"
+        for device, size in found["activation_peak_measured_bytes"].items()
+        if size is not None
+    ]
+    held = [
+        f"  {tensor['module'] or 'network'} {tensor['operation']} "
+        f"{'x'.join(map(str, tensor['shape']))} {tensor['dtype']}: {tensor['nbytes']:,}"
+        for tensor in found["peak"]["alive"]
+    ]
+    return [
+        f"{record['config']['model']['name']}, {found['dtype']}, "
+        f"{found['batch_size']} x {found['image_size']} x {found['image_size']} pixels",
+        f"{'':<14}{'bytes':>14}{'%':>8}",
+        f"{'weights':<14}{found['weight_bytes']:>14,}{found['weights_percent']:>8.2f}",
+        f"{'activations':<14}{found['activation_peak_bytes']:>14,}"
+        f"{found['activations_percent']:>8.2f}",
+        f"{'total':<14}{found['total_bytes']:>14,}",
+        f"activations of eager PyTorch: {found['activation_eager_peak_bytes']:,}"
+        + "".join(f", {text}" for text in measured),
+        f"in memory at the peak, {found['peak']['operation']}:",
+        *held,
+    ]
+
+
+def _latency(record: dict[str, Any]) -> list[str]:
+    """A line per variant, for each device and batch size."""
+    found, machine = record["results"]["latency"], record["machine"]
+    lines = []
+    for device in ("cpu", "cuda"):
+        results = found.get(device, {})
+        name = f"{machine['cpu']}, threads: {machine['threads']}"
+        name = name if device == "cpu" else machine["gpu"]
+        for size in [key for key in results if key.startswith("batch_")]:
+            lines += [
+                f"{record['config']['model']['name']} on {name}, {size.replace('_', ' ')}",
+                f"{'':<22}{'ms':>10}{'ratio':>8}{'per s':>10}{'MB read':>9}{'difference':>12}",
+                *(
+                    f"{variant:<22}{line['ms']:>10.2f}{line['time_ratio']:>8.2f}"
+                    f"{line['per_second']:>10.1f}{(line.get('read_bytes') or 0) / 1e6:>9.1f}"
+                    f"{_number(results['outputs'][variant]):>12}"
+                    for variant, line in results[size].items()
+                ),
+                "",
+            ]
+        lines += [
+            f"{variant}: at best {line['per_second']:.1f} per second, batch {line['batch_size']}"
+            for variant, line in results.get("best_batch", {}).items()
+        ]
+    size = found["packed_file"]
+    return [*lines, f"packed file: {size['file_bytes']:,} bytes of {size['reference_total']:,}"]
+
+
+def _precision(record: dict[str, Any]) -> list[str]:
+    """A line per dtype."""
+    found = record["results"]["precision"]
+    return [
+        f"{record['config']['model']['name']}, {found['float32']['samples']} images",
+        f"{'':<10}{'top-1 %':>10}{'top-5 %':>10}{'agree %':>10}{'KL':>12}",
+        *(
+            f"{dtype:<10}{line['top1']:>10.2f}{line['top5']:>10.2f}"
+            f"{line.get('agreement', 100):>10.2f}{_number(line.get('kl', 0.0)):>12}"
+            for dtype, line in found.items()
+        ),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
+
+
+def _compressed(record: dict[str, Any]) -> str:
+    """Accuracy, bytes, time and one line per layer."""
     original, packed, size = record["original"], record["packed"], record["footprint"]
     config = record["config"]
     lines = [

@@ -1,15 +1,11 @@
 """One run: network and data -> compress -> save -> reload -> evaluate -> record."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +19,19 @@ import jlcm
 from experiments.config import Config
 from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
-from experiments.memory import keep_freed_blocks
+from experiments.machine import (
+    choose_device,
+    keep_freed_blocks,
+    peak_rss_bytes,
+    reset_peak_rss,
+    versions,
+)
+from experiments.measure import measure
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, read_record, write_record
 from experiments.tracking import OFF, Tracker
-from jlcm.config import Invalid, check_choice
+from jlcm.config import Invalid
 from jlcm.files import replacing
 
 
@@ -56,6 +59,8 @@ def run(
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     check_options(config)
+    if config.task != "compress":
+        return measure(config, run_id=run_id, identity=identity, folder=folder, tracker=tracker)
     compress = compressor(config)
     if not config.force and (record := read_record(folder)) is not None:
         tracker.mirror(record)
@@ -124,49 +129,6 @@ def _calibration_images(data: Data) -> Tensor:
     if data.calibration is None:
         raise Invalid("learning needs calibration images: set data.calibration_list, or learn=none")
     return torch.stack([image for image, _ in tqdm(data.calibration, "calibration", leave=False)])
-
-
-def choose_device(device: str) -> torch.device:
-    """Resolve auto, and refuse a GPU that is not there.
-
-    Raises:
-        Invalid: for an unknown device, or a CUDA device that PyTorch does not see.
-    """
-    check_choice("compute.device", device.partition(":")[0], ("auto", "cpu", "cuda"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Invalid(f"compute.device={device}, but PyTorch sees no GPU: use compute.device=auto")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("jlcm", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def reset_peak_rss() -> None:
-    """Measure `peak_rss_bytes` from here on, where the system can (Linux)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set size of this process since `reset_peak_rss`, or since its start."""
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-        if peaks:
-            return 1024 * int(peaks[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _original_logits(

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.config import TrackingConfig
+from experiments.runs import flatten
 from jlcm.config import Invalid, check_choice
 from jlcm.files import replacing
 
@@ -200,12 +201,12 @@ class WandbTracker(Tracker):
         self.told = 0
         for result in record.get("learning", []):
             self._log_learning(result)
-        table = self.wandb.Table(*layer_table(record["layers"]))
-        self.run.log({"layers": table})
+        if "layers" in record:
+            self.run.log({"layers": self.wandb.Table(*layer_table(record["layers"]))})
         self.run.summary.update(summary_of(record))
-        more = ("stages", "device", "versions", "notes")
+        more = ("stages", "device", "machine", "versions", "notes")
         self.run.config.update({key: record[key] for key in more if key in record})
-        if self.config.artifact:
+        if self.config.artifact and "file" in record:
             artifact = self.wandb.Artifact(f"packed-{self.run_id}", type="model")
             artifact.add_file(record["file"])
             self.run.log_artifact(artifact)
@@ -224,7 +225,7 @@ class WandbTracker(Tracker):
     def mirror(self, record: dict[str, Any]) -> None:
         """Log a run that has finished before, unless all of it has been logged already."""
         if not self.complete.exists():
-            self.start(record["config"])
+            self.start(record["config"], record.get("task", "compress"))
             self.log_record(record)
 
     @never_fatal
@@ -284,6 +285,9 @@ class WandbTracker(Tracker):
 
 def summary_of(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record that runs are compared by, under the names that W&B shows."""
+    if "results" in record:  # a measurement
+        values = flatten(record["results"])
+        return {k.replace(".", "/"): v for k, v in values.items() if _is_scalar(v)}
     values = dict(record["packed"])
     values |= {f"original/{key}": value for key, value in record["original"].items()}
     sizes = ("alpha_layers", "alpha_total", "file_bytes")

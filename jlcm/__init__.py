@@ -10,6 +10,11 @@ from jlcm.torchvision_compat import declare_missing_operators
 
 declare_missing_operators()  # before anything imports torchvision
 
+from jlcm.activations import (  # noqa: E402
+    ActivationFootprint,
+    activation_footprint,
+    measured_activation_peak,
+)
 from jlcm.architecture import Architecture  # noqa: E402
 from jlcm.checkpoint import CheckpointError, load, save  # noqa: E402
 from jlcm.compress import compress  # noqa: E402
@@ -22,6 +27,7 @@ from jlcm.quantize import quantize  # noqa: E402
 from jlcm.select import linear_and_convolution, with_embeddings  # noqa: E402
 
 __all__ = [
+    "ActivationFootprint",
     "Architecture",
     "Blocks",
     "CheckpointError",
@@ -30,10 +36,12 @@ __all__ = [
     "Footprint",
     "Init",
     "Learn",
+    "activation_footprint",
     "compress",
     "footprint",
     "linear_and_convolution",
     "load",
+    "measured_activation_peak",
     "quantize",
     "resident_bytes",
     "save",

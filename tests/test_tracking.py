@@ -245,6 +245,18 @@ def test_finished_run_is_tracked_once(fake, cache, stages, tmp_path):
     assert [artifact.name for artifact in told.artifacts] == [f"packed-{record['run_id']}"]
 
 
+def test_measurement_is_told_its_numbers(fake, tmp_path):
+    module = fake()
+    results = {"latency": {"cpu": {"batch_1": {"fp32": {"ms": 2.5, "read_bytes": None}}}}}
+    record = {"task": "latency", "config": {"task": "latency"}, "results": results, "notes": []}
+    with open_tracker(OFFLINE, results_dir=tmp_path, run_id="r") as tracker:
+        tracker.mirror(record)
+    (told,) = module.runs
+    assert told.options["job_type"] == "latency" and not told.logged
+    assert told.summary == {"latency/cpu/batch_1/fp32/ms": 2.5} and told.config["notes"] == []
+    assert not tracker.failed and told.exit_code == 0
+
+
 def test_failed_run_is_marked_failed_and_told_anew(fake, tmp_path):
     module = fake()
     with (

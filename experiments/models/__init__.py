@@ -12,6 +12,7 @@ from experiments.data.digits import CLASSES, digits_preprocessing
 from experiments.data.preprocessing import Preprocessing
 from experiments.models.assets import CHECKPOINTS, efficientnet_lite_state
 from experiments.models.digits import trained_on_digits
+from experiments.models.untrained import untrained
 from experiments.models.weights import count_classes, load_weights, read_weights
 from jlcm.architecture import Architecture
 from jlcm.torchvision_compat import declare_missing_operators
@@ -39,7 +40,12 @@ class Network:
 
 
 def load_network(
-    model: ModelConfig, data: DataConfig, *, seed: int, device: torch.device
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    trained: bool = True,
 ) -> Network:
     """Load a pretrained network, or train it on the digits on first use.
 
@@ -48,6 +54,8 @@ def load_network(
         data: the data set; digits mean a network of 10 classes that is trained here.
         seed: seed of the training and of the digits' split.
         device: where the training runs; the network is returned on the CPU.
+        trained: otherwise its weights are random, unless `model.weights` is given; nothing is
+            downloaded and no data is read.
 
     Returns:
         The network.
@@ -75,6 +83,9 @@ def load_network(
         )
         module = build_network(architecture, "cpu")
         load_weights(module, state, path=model.weights)
+    elif not trained:
+        build_network(architecture, "meta")  # an image size that does not fit fails here
+        module = untrained(architecture, preprocessing.crop, seed=seed)
     elif isinstance(data, DigitsConfig):
         build_network(architecture, "meta")  # an image size that does not fit fails here
         module = trained_on_digits(architecture, data, seed=seed, device=device)

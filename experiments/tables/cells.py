@@ -105,7 +105,7 @@ def tidy(
     by_cell: dict[str, dict[str, dict]] = {}
     for record in records:
         seeds = by_cell.setdefault(_without_seed(record["config"]), {})
-        seeds[str(record["config"]["seed"])] = record
+        seeds[str(record["config"].get("seed"))] = record
     lines, used = [], []
     for cell in cells(name, tuple(overrides)):
         runs = list(by_cell.get(cell.identity, {}).values())

@@ -1,0 +1,145 @@
+"""One measurement: memory, times or 16-bit accuracy of a network, and its record."""
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jlcm
+from experiments.config import Config
+from experiments.data import check_files, load_data
+from experiments.evaluate.latency import check_latency, measure_latency
+from experiments.evaluate.memory import check_footprint, measure_footprint
+from experiments.evaluate.precision import measure_precision
+from experiments.machine import choose_device, describe_machine, versions
+from experiments.models import Network, load_network
+from experiments.options import compressor, needs_calibration
+from experiments.records import PACKED_FILE, read_record, write_record
+from experiments.tracking import OFF, Tracker
+from jlcm.config import Invalid
+
+
+def measure(
+    config: Config,
+    *,
+    run_id: str,
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Tracker = OFF,
+) -> dict[str, Any]:
+    """Do one measurement, or return the record of a finished one.
+
+    Args:
+        config: the whole configuration; its `task` is a measurement.
+        run_id: name of the run.
+        identity: what the measurement looks at; it goes into the record.
+        folder: of the run.
+        tracker: mirrors the record; the caller closes it.
+
+    Returns:
+        The record. Its keys are described in `docs/records.md`.
+
+    Raises:
+        ValueError, OSError: for bad options, data or weights, before long work.
+    """
+    match config.task:
+        case "footprint":
+            check_footprint(config.footprint)
+        case "latency":
+            check_latency(config.latency)
+            _packer(config)
+        case "precision":
+            check_files(config.data)
+    if not config.force and (record := read_record(folder)) is not None:
+        tracker.mirror(record)
+        return record
+    devices = choose_devices(config.compute.device)
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    start, notes = time.perf_counter(), []
+    match config.task:
+        case "footprint":
+            results = measure_footprint(_network(config), config.footprint, devices, notes)
+        case "latency":
+            results = _latency(config, folder, devices, notes)
+        case "precision":
+            devices = devices[-1:]
+            results = _precision(config, devices[0])
+    record = {
+        "run_id": run_id,
+        "task": config.task,
+        "config": identity,
+        "results": {config.task: results},
+        **({"file": str(folder / PACKED_FILE)} if config.task == "latency" else {}),
+        "seconds": {"measure": round(time.perf_counter() - start, 3)},
+        "device": ", ".join(device.type for device in devices),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "notes": notes,
+    }
+    write_record(folder, record)
+    record = read_record(folder)
+    # Begun only now, so that it does not disturb the measurement.
+    tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
+    tracker.log_record(record)
+    return record
+
+
+def choose_devices(device: str) -> list[torch.device]:
+    """The device that is asked for; auto means the CPU, and the GPU where there is one.
+
+    Raises:
+        Invalid: (a ValueError) as `choose_device` does.
+    """
+    found = choose_device(device)
+    return [torch.device("cpu"), found] if device == "auto" and found.type != "cpu" else [found]
+
+
+def _network(config: Config) -> Network:
+    """The network with random weights, or `model.weights`."""
+    cpu = torch.device("cpu")
+    return load_network(config.model, config.data, seed=config.seed, device=cpu, trained=False)
+
+
+def _packer(config: Config) -> partial:
+    """What compresses the network that is timed; learning would change values, not times."""
+    if config.method.name == "jlcm":
+        config = replace(config, method=replace(config.method, name="jlcm_init"))
+    if needs_calibration(config):
+        raise Invalid(
+            f"task=latency compresses without data, which method={config.method.name} needs"
+        )
+    return compressor(config)
+
+
+def _latency(
+    config: Config, folder: Path, devices: list[torch.device], notes: list[str]
+) -> dict[str, Any]:
+    network, path = _network(config), folder / PACKED_FILE
+    packed = _packer(config)(
+        network.module,
+        alpha=config.alpha,
+        calibration=None,
+        example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
+        folder=None,
+        seed=config.seed,
+        device=devices[-1],
+    )
+    jlcm.save(packed, path, architecture=network.architecture)
+    del packed  # what is timed is the file, loaded again
+    times = {
+        device.type: measure_latency(
+            network, path, config.latency, device=device, seed=config.seed, notes=notes
+        )
+        for device in devices
+    }
+    return times | {"packed_file": jlcm.footprint(path).as_dict()}
+
+
+def _precision(config: Config, device: torch.device) -> dict[str, Any]:
+    network = load_network(config.model, config.data, seed=config.seed, device=device)
+    data = load_data(config.data, network.preprocessing, classes=network.classes, seed=config.seed)
+    return measure_precision(network, data.test, config.compute, device)
