@@ -150,15 +150,14 @@ def _check_data(name: str, records: list[dict[str, Any]]) -> None:
     for record in records:
         data = record["config"].get("data", {})
         places = tuple(Path(data[k]).name for k in _PLACES[:2] if data.get(k))
-        samples = record.get("packed", {}).get("samples")
-        found.setdefault((*places, samples), []).append(record["run_id"])
+        found.setdefault((*places, _samples(record)), []).append(record["run_id"])
     if len(found) > 1:
         runs = "; ".join(f"{data}: {', '.join(ids)}" for data, ids in found.items())
         raise ValueError(f"{name}: its runs were evaluated on different data: {runs}")
 
 
 def _numbers(records: list[dict[str, Any]], measure: Measure) -> dict[str, Any]:
-    values = pd.Series([at(record, measure.path) for record in records], dtype=float)
+    values = pd.Series([at(r, measure.path) for r in records], dtype=float) / measure.unit
     errors = pd.Series([at(record, measure.standard_error) for record in records], dtype=float)
     originals = pd.Series([at(record, measure.original) for record in records], dtype=float)
     return {
@@ -176,7 +175,6 @@ _MEANS = {
     "alpha total": "footprint.alpha_total",
     "file bytes": "footprint.file_bytes",
     "KL": "packed.kl",
-    "samples": "packed.samples",
 }
 
 
@@ -187,6 +185,7 @@ def _common(records: list[dict[str, Any]]) -> dict[str, Any]:
     notes = dict.fromkeys(note for record in records for note in record.get("notes", ()))
     return {
         **{name: mean(at(r, path) for r in records) for name, path in _MEANS.items()},
+        "samples": mean(map(_samples, records)),
         "seconds": mean(map(compression_seconds, records)),
         "nominal alpha": mean(map(nominal_alpha, records)),
         "peak GB": mean(at(r, "peak_rss_bytes") for r in records) / 1e9,
@@ -194,6 +193,10 @@ def _common(records: list[dict[str, Any]]) -> dict[str, Any]:
         "runs": " ".join(record["run_id"] for record in records),
         "notes": "; ".join(notes),
     }
+
+
+def _samples(record: dict[str, Any]) -> int | None:
+    return at(record, "packed.samples") or at(record, "results.precision.float32.samples")
 
 
 def nominal_alpha(record: dict[str, Any]) -> float | None:

@@ -23,6 +23,7 @@ class Measure:
         original: the same for the original network's number.
         better: "high" or "low", None where neither is.
         digits: after the decimal point.
+        unit: what the record's number is divided by.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Measure:
     original: str | None = None
     better: str | None = "high"
     digits: int = 2
+    unit: float = 1
 
 
 #: Measures by their heading.
@@ -37,6 +39,42 @@ TOP1 = {
     "top-1 %": Measure(
         path="packed.top1", standard_error="packed.top1_standard_error", original="original.top1"
     )
+}
+
+
+_FOOTPRINT = {
+    "weights %": Measure(path="results.footprint.weights_percent", better=None),
+    "activations %": Measure(path="results.footprint.activations_percent", better=None),
+    "reference MB": Measure(path="results.footprint.total_bytes", better=None, unit=1e6),
+}
+
+
+def _time(path: str, better: str | None = None) -> Measure:
+    return Measure(path=f"results.latency.{path}", better=better)
+
+
+_LATENCY = {
+    "CPU ms": _time("cpu.batch_1.fp32.ms"),
+    "GPU ms": _time("cuda.batch_1.fp16.ms"),
+    "disk ms": _time("cpu.batch_1.disk_offload.ms"),
+    "packed ms": _time("cpu.batch_1.packed.ms"),
+    "disk / CPU": _time("cpu.batch_1.disk_offload.time_ratio"),
+    "packed / CPU": _time("cpu.batch_1.packed.time_ratio"),
+}
+_THROUGHPUT = {
+    "GPU / s": _time("cuda.best_batch.fp16.per_second"),
+    "GPU, disk / s": _time("cuda.best_batch.disk_offload.per_second"),
+    "CPU / s": _time("cpu.best_batch.fp32.per_second"),
+    "CPU, disk / s": _time("cpu.best_batch.disk_offload.per_second"),
+    "CPU, packed / s": _time("cpu.best_batch.packed.per_second"),
+}
+_PRECISION = {
+    f"{name} top-1 %": Measure(
+        path=f"results.precision.{dtype}.top1",
+        standard_error=f"results.precision.{dtype}.top1_standard_error",
+        better=None,
+    )
+    for name, dtype in {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.items()
 }
 
 
@@ -52,7 +90,7 @@ class Table:
         details: columns of the tidy table that stand beside the measures, by their heading.
         paper: file of the paper's numbers.
         full_scale: samples of the paper's evaluation; None for a table at reduced scale, whose
-            numbers are not compared with the paper's.
+            numbers are not compared with the paper's. 0 where no samples are evaluated.
         command: arguments that the experiment needs beside its name.
     """
 
@@ -71,11 +109,15 @@ _IMAGENET = 50_000
 _DETAILS = ("true alpha", "seconds", "peak GB")
 
 
-def _table3(scale: str, columns: tuple[str, ...] = ("model", "alpha"), **options) -> Table:
+def _measured(title: str, measures: dict[str, Measure], **options) -> Table:
+    return Table(title=title, lines=("model",), columns=(), measures=measures, **options)
+
+
+def _table3(scale: str, **options) -> Table:
     return Table(
         title=f"Table 3, clustering of the data-free initialisation, {scale}",
         lines=("encoding", "init"),
-        columns=columns,
+        columns=("model", "alpha"),
         measures=TOP1,
         paper="table3",
         **options,
@@ -107,6 +149,20 @@ def _table5(scale: str, **options) -> Table:
 
 #: Tables by the name of their experiment.
 TABLES: dict[str, Table] = {
+    "table1": _measured(
+        "Table 1, memory of a forward pass at 16 bits", _FOOTPRINT, paper="table1", full_scale=0
+    ),
+    "table1_digits": _measured("Table 1, memory of a forward pass, digits", _FOOTPRINT),
+    "table2": _measured("Table 2, time for an image", _LATENCY, paper="table2", full_scale=0),
+    "table2_digits": _measured("Table 2, time for an image, digits", _LATENCY),
+    "throughput": _measured(
+        "Rebuttal, images per second", _THROUGHPUT, paper="throughput", full_scale=0
+    ),
+    "throughput_digits": _measured("Rebuttal, images per second, digits", _THROUGHPUT),
+    "table7": _measured(
+        "Table 7, 32 and 16 bits", _PRECISION, full_scale=_IMAGENET, command="data.root=DIR"
+    ),
+    "table7_digits": _measured("Table 7, 32 and 16 bits, digits", _PRECISION),
     "table3": _table3("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
     "table3_digits": _table3("digits"),
     "table3_lite": _table3("EfficientNet-Lite0", command="data.root=DIR data.list=FILE.tsv"),
