@@ -27,7 +27,7 @@ run: $(VENV)/.run  ## install what is needed and compress a network (ARGS="model
 test: $(VENV)/.dev  ## install what is needed, check the style and run the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 test-slow: $(VENV)/.dev  ## run the slow tests and those that need a package index too
 	$(BIN)/python -m pytest -m 'not gpu'
