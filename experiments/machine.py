@@ -32,11 +32,11 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what a result depends on, and of further packages."""
     packages = ("jlcm", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in packages:
+    for package in (*packages, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

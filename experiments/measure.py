@@ -13,6 +13,7 @@ from experiments.config import Config
 from experiments.data import check_files, load_data
 from experiments.evaluate.latency import check_latency, measure_latency
 from experiments.evaluate.memory import check_footprint, measure_footprint
+from experiments.evaluate.offload import check_offload
 from experiments.evaluate.precision import measure_precision
 from experiments.machine import choose_device, describe_machine, versions
 from experiments.models import Network, load_network
@@ -77,7 +78,7 @@ def measure(
         "seconds": {"measure": round(time.perf_counter() - start, 3)},
         "device": ", ".join(device.type for device in devices),
         "machine": describe_machine(),
-        "versions": versions(),
+        "versions": versions("accelerate"),
         "notes": notes,
     }
     write_record(folder, record)
@@ -118,6 +119,7 @@ def _packer(config: Config) -> partial:
 def _latency(
     config: Config, folder: Path, devices: list[torch.device], notes: list[str]
 ) -> dict[str, Any]:
+    check_offload()  # a finished run needs no accelerate
     network, path = _network(config), folder / PACKED_FILE
     packed = _packer(config)(
         network.module,

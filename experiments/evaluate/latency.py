@@ -20,12 +20,7 @@ from tqdm import tqdm
 
 import jlcm
 from experiments.config import LatencyConfig
-from experiments.evaluate.offload import (
-    check_offload,
-    drop_page_cache,
-    offloaded,
-    read_from_disk,
-)
+from experiments.evaluate.offload import drop_page_cache, offloaded, read_from_disk
 from experiments.models import Network
 from jlcm.config import Invalid
 
@@ -53,7 +48,7 @@ class Variant:
 
 
 def check_latency(options: LatencyConfig) -> None:
-    """Check the options of the measurement, and that accelerate is there.
+    """Check the options of the measurement.
 
     Raises:
         Invalid: (a ValueError) naming the option.
@@ -64,7 +59,6 @@ def check_latency(options: LatencyConfig) -> None:
     for name in ("rounds", "repeats", "memory_limit"):
         if getattr(options, name) < 1:
             raise Invalid(f"latency.{name}={getattr(options, name)} must be at least 1")
-    check_offload()
 
 
 def measure_latency(
