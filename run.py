@@ -8,11 +8,12 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,15 +25,19 @@ register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
-    """Run one job; bad input ends in one line, the details with HYDRA_FULL_ERROR=1."""
-    # Imported here, so that --help and a mistyped option need no PyTorch.
-    from experiments.report import as_text
-    from experiments.runner import run
-    from experiments.tracking import open_tracker
+def main(config: DictConfig) -> str | None:
+    """Run one job; bad input ends in one line, the details with HYDRA_FULL_ERROR=1.
 
+    Returns:
+        In a sweep, what went wrong (`hydra_plugins.patient_sweeper`).
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        # Imported here, so that --help and a mistyped option need no PyTorch.
+        from experiments.report import as_text
+        from experiments.runner import run
+        from experiments.tracking import open_tracker
+
         with open_tracker(
             OmegaConf.to_object(config.tracking),
             results_dir=Path(config.results_dir),
@@ -47,16 +52,27 @@ def main(config: DictConfig) -> None:
                 folder=folder,
                 tracker=tracker,
             )
-    except (ValueError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
+    except Exception as error:
         with contextlib.suppress(OSError):  # leave nothing behind, unless there are results
             folder.rmdir()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs of the sweep go on
-            print(one_line(error), file=sys.stderr)
-            raise CompactHydraException(one_line(error)) from None
-        sys.exit(one_line(error))
+        return _failed(error)
     print(json.dumps(record) if config.output == "json" else as_text(record), flush=True)
+
+
+def _failed(error: Exception) -> str:
+    """End a single run; in a sweep the others go on."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    expected = isinstance(error, ValueError | OSError)
+    details = os.environ.get("HYDRA_FULL_ERROR") == "1" or not expected
+    if details and not sweep:
+        raise error
+    if details:
+        traceback.print_exception(error)
+    if not sweep:
+        sys.exit(one_line(error))
+    kind = "" if expected else f"{type(error).__name__}: "
+    print(one_line(error), file=sys.stderr, flush=True)
+    return kind + one_line(error).removeprefix("error: ")
 
 
 def write_tables(arguments: list[str]) -> None:

@@ -147,7 +147,8 @@ class ComputeConfig:
     """The machine; no part of a run's identity."""
 
     device: str = "auto"
-    threads: int | None = None
+    jobs: int | None = None  # runs of a sweep at the same time, where there is a choice
+    threads: int | None = None  # per run
     workers: int = 2
     batch_size: int = 64
 
@@ -205,12 +206,13 @@ NOT_IDENTITY = (
 
 
 def register() -> None:
-    """Make the schemas and the resolver of run identities known to Hydra."""
+    """Make the schemas, and the resolvers that configurations use, known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, schema in DATA_SCHEMAS.items():
         store.store(group="data", name=name, node=schema)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+    OmegaConf.register_new_resolver("cores_per_job", cores_per_job, replace=True)
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
@@ -250,3 +252,10 @@ def run_id(config: DictConfig) -> str:
 
 def _run_id(*, _root_: DictConfig) -> str:
     return run_id(_root_)
+
+
+def cores_per_job(jobs: int) -> int:
+    """Cores of this machine that each of several runs at the same time can have, at least one."""
+    import joblib  # knows of limits on this process: affinity, control groups
+
+    return max(1, joblib.cpu_count() // jobs)

@@ -18,9 +18,10 @@ from experiments.evaluate.precision import measure_precision
 from experiments.machine import choose_device, describe_machine, versions
 from experiments.models import Network, load_network
 from experiments.options import compressor, needs_calibration
-from experiments.records import PACKED_FILE, read_record, write_record
+from experiments.records import PACKED_FILE, RECORD, read_record, write_record
 from experiments.tracking import OFF, Tracker
 from jlcm.config import Invalid
+from jlcm.locks import once
 
 
 def measure(
@@ -54,9 +55,20 @@ def measure(
             _packer(config)
         case "precision":
             check_files(config.data)
-    if not config.force and (record := read_record(folder)) is not None:
+    with once(folder / RECORD, again=config.force, lock=folder) as missing:
+        if missing:
+            _measure(config, run_id, identity, folder)
+    record = read_record(folder)
+    if missing:
+        # Begun only now, so that it does not disturb the measurement.
+        tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
+        tracker.log_record(record)
+    else:
         tracker.mirror(record)
-        return record
+    return record
+
+
+def _measure(config: Config, run_id: str, identity: dict[str, Any], folder: Path) -> None:
     devices = choose_devices(config.compute.device)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
@@ -82,11 +94,6 @@ def measure(
         "notes": notes,
     }
     write_record(folder, record)
-    record = read_record(folder)
-    # Begun only now, so that it does not disturb the measurement.
-    tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
-    tracker.log_record(record)
-    return record
 
 
 def choose_devices(device: str) -> list[torch.device]:

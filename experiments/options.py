@@ -28,6 +28,8 @@ def check_options(config: Config) -> None:
     check_choice("output", config.output, ("table", "json"))
     if config.compute.batch_size < 1 or config.compute.workers < 0:
         raise Invalid("compute.batch_size must be at least 1 and compute.workers at least 0")
+    if config.compute.threads is not None and config.compute.threads < 1:
+        raise Invalid(f"compute.threads={config.compute.threads} must be at least 1, or null")
     if config.data.limit is not None and config.data.limit < 1:
         raise Invalid(f"data.limit={config.data.limit} must be at least 1, or null for all samples")
 

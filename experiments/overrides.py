@@ -3,12 +3,23 @@
 import difflib
 import re
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 
 from hydra import compose, initialize
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import DATA_SCHEMAS, Config
 
+#: Hydra's plugin for compute=NAME.
+_PLUGINS = {
+    "joblib": "hydra_joblib_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+    "submitit_slurm": "hydra_submitit_launcher",
+    "ray": "hydra_ray_launcher",
+}
+_INSTALL = "pip install -c constraints.txt -e '.[{extra}]'"
+#: Its metadata ask for a cloudpickle older than joblib's; it works with the newer one.
+_INSTALL_RAY = " && pip install --no-deps hydra-ray-launcher==1.2.2"
 _OVERRIDE = re.compile(r"^(?P<prefix>[+~]{0,2})(?P<key>[A-Za-z_][\w./@:-]*)(?:=.*)?$", re.DOTALL)
 
 
@@ -29,9 +40,15 @@ def check_overrides(arguments: list[str]) -> None:
             options are checked, Hydra checks their values.
 
     Raises:
-        ValueError: an option does not exist; names what was probably meant, and what exists.
+        ValueError: an option does not exist; names what was probably meant, and what exists. Or
+            the launcher of `compute` is not installed, or needs a sweep.
         HydraException, OmegaConfBaseException: a value is of the wrong type, or no such choice.
     """
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    for argument in arguments:
+        group, _, name = argument.partition("=")
+        if group == "compute" and name in _PLUGINS:
+            _check_launcher(name, sweep=bool(flags))
     keys = valid_keys()
     for argument in arguments:
         match = _OVERRIDE.match(argument)
@@ -44,9 +61,22 @@ def check_overrides(arguments: list[str]) -> None:
             raise ValueError(_message(head, keys))
         if tail and keys[head] and tail.partition(".")[0] not in keys[head]:
             raise ValueError(_message(tail, keys[head], group=head))
-    if not any(argument.startswith("-") for argument in arguments):
+    if not flags:
         with initialize(version_base="1.3", config_path="../conf"):
             compose("config", overrides=arguments)
+
+
+def _check_launcher(name: str, *, sweep: bool) -> None:
+    plugin = _PLUGINS[name]
+    if find_spec(f"hydra_plugins.{plugin}") is None or (name == "ray" and find_spec("ray") is None):
+        install = _INSTALL.format(extra="ray" if name == "ray" else "launchers")
+        raise ValueError(
+            f"compute={name} needs {plugin.replace('_', '-')}: "
+            + install
+            + (_INSTALL_RAY if name == "ray" else "")
+        )
+    if not sweep:
+        raise ValueError(f"compute={name} launches sweeps: add -m")
 
 
 def one_line(error: Exception) -> str:

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +23,7 @@ from experiments.data import Data, check_files, load_data
 from experiments.evaluate.vision import accuracy, distance, predict
 from experiments.machine import (
     choose_device,
+    describe_machine,
     keep_freed_blocks,
     peak_rss_bytes,
     reset_peak_rss,
@@ -29,10 +32,11 @@ from experiments.machine import (
 from experiments.measure import measure
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
-from experiments.records import PACKED_FILE, read_record, write_record
+from experiments.records import PACKED_FILE, RECORD, read_record, write_record
 from experiments.tracking import OFF, Tracker
 from jlcm.config import Invalid
 from jlcm.files import replacing
+from jlcm.locks import once, seconds_waited
 
 
 def run(
@@ -44,6 +48,8 @@ def run(
     tracker: Tracker = OFF,
 ) -> dict[str, Any]:
     """Do one run, or return the record of a finished one.
+
+    A process that comes to a run that another one works on waits for it.
 
     Args:
         config: the whole configuration.
@@ -62,15 +68,33 @@ def run(
     if config.task != "compress":
         return measure(config, run_id=run_id, identity=identity, folder=folder, tracker=tracker)
     compress = compressor(config)
-    if not config.force and (record := read_record(folder)) is not None:
+    with once(folder / RECORD, again=config.force, lock=folder) as missing:
+        if missing:
+            _run(config, compress, run_id, identity, folder, tracker)
+    record = read_record(folder)
+    if missing:
+        tracker.log_record(record)
+    else:
         tracker.mirror(record)
-        return record
+    return record
+
+
+def _run(
+    config: Config,
+    compress: partial,
+    run_id: str,
+    identity: dict[str, Any],
+    folder: Path,
+    tracker: Tracker,
+) -> None:
     device = choose_device(config.compute.device)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
+        threadpool_limits(config.compute.threads)  # clustering has thread pools of its own
     check_files(config.data)
     finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
+    waited = seconds_waited()
     keep_freed_blocks()
     reset_peak_rss()
     with _timed(seconds, "load"):
@@ -99,6 +123,8 @@ def run(
         packed = jlcm.load(path, device=device)
     with _timed(seconds, "evaluate_packed"):
         logits, _ = _predict(config, packed, data, device, "packed")
+    if (wait := seconds_waited() - waited) > 0:
+        seconds["wait"] = round(wait, 3)
     footprint = jlcm.footprint(path)
     record = {
         "run_id": run_id,
@@ -110,6 +136,7 @@ def run(
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "device": str(device),
+        "machine": describe_machine(),
         "versions": versions(),
         "notes": compressed.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
@@ -119,9 +146,6 @@ def run(
     write_record(folder, record)
     if config.stages_dir is None:  # only needed to go on after a stop
         shutil.rmtree(finished, ignore_errors=True)
-    record = read_record(folder)
-    tracker.log_record(record)
-    return record
 
 
 def _calibration_images(data: Data) -> Tensor:
@@ -138,13 +162,13 @@ def _original_logits(
     what = {k: identity[k] for k in ("model", "data", "seed")} | versions()
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(config.results_dir) / "originals" / f"{name}.safetensors"
-    if path.is_file() and not config.force:
-        kept = load_file(path)
-        return kept["logits"], kept["labels"]
-    logits, labels = _predict(config, network.module.to(device), data, device, "original")
-    with replacing(path) as temporary:
-        save_file({"logits": logits, "labels": labels}, temporary)
-    return logits, labels
+    with once(path, again=config.force) as missing:
+        if missing:
+            logits, labels = _predict(config, network.module.to(device), data, device, "original")
+            with replacing(path) as temporary:
+                save_file({"logits": logits, "labels": labels}, temporary)
+    kept = load_file(path)
+    return kept["logits"], kept["labels"]
 
 
 def _predict(config, module, data, device, description) -> tuple[Tensor, Tensor]:
@@ -177,6 +201,7 @@ def _memory_errors() -> Iterator[None]:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
+    """Seconds of a stage without those spent waiting for other processes."""
+    start = time.perf_counter() - seconds_waited()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
+    seconds[stage] = round(time.perf_counter() - seconds_waited() - start, 3)

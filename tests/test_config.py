@@ -75,6 +75,12 @@ def test_alpha_out_of_range(alpha):
         check_options(OmegaConf.to_object(composed(f"alpha={alpha}")))
 
 
+@pytest.mark.parametrize("option", ["threads=0", "batch_size=0", "workers=-1"])
+def test_the_machine_needs_sensible_numbers(option):
+    with pytest.raises(ValueError, match=f"compute.{option.partition('=')[0]}.* at least"):
+        options_of(f"compute.{option}")
+
+
 @pytest.mark.parametrize(
     ("override", "choice"),
     [

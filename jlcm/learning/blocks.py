@@ -143,27 +143,27 @@ def learn_blocks(
     if calibration.nodes is None:
         raise ValueError("the network cannot be traced into blocks: leave block-wise learning out")
     store = dict(stored_tensors(packed))
-    folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = find_blocks(calibration, options.weights)
     results, finish = collector(on_result)
-    bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
-    for index, block in enumerate(bar):
-        codes = options.lr_codes > 0
-        members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
-        path = None if folder is None else folder / f"{index:04d}.safetensors"
-        if path is not None and path.exists():
-            metadata = restore_part(path, _buffers(members))
-            result = BlockResult(**json.loads(metadata["result"]))
-            finish(replace(result, restored=True))
-            continue
-        began = time.perf_counter()
-        result = _Block(calibration, block, twin, members, options, seed + index).train()
-        result.seconds = time.perf_counter() - began
-        if path is not None:
-            save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
-        finish(result)
-        bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
+    with stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs) as folder:
+        bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
+        for index, block in enumerate(bar):
+            codes = options.lr_codes > 0
+            members = attach_trainables(twin, packed, reference, codes=codes, names=block.tensors)
+            path = None if folder is None else folder / f"{index:04d}.safetensors"
+            if path is not None and path.exists():
+                metadata = restore_part(path, _buffers(members))
+                result = BlockResult(**json.loads(metadata["result"]))
+                finish(replace(result, restored=True))
+                continue
+            began = time.perf_counter()
+            result = _Block(calibration, block, twin, members, options, seed + index).train()
+            result.seconds = time.perf_counter() - began
+            if path is not None:
+                save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
+            finish(result)
+            bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
     reference.train(training[0])
     packed.train(training[1])
     return results

@@ -198,9 +198,13 @@ def distill(
     was_training = packed.training
     packed.to(device).eval()
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
+    store = dict(stored_tensors(packed))
     try:
-        run = _Run(packed, reference, inputs, options, seed, device, folder, stand_in, before_step)
-        return run.train(progress, on_result)
+        with stage_folder(folder, f"{options!r} {seed}", store, [inputs]) as folder:
+            run = _Run(
+                packed, reference, inputs, options, seed, device, folder, stand_in, before_step
+            )
+            return run.train(progress, on_result)
     except BaseException:
         _restore(packed, initial)
         raise
@@ -221,7 +225,6 @@ class _Run:
         self.trained, self.held = trained, inputs[held]
         self.targets = outputs_of(reference, self.held, device, "the original network")
         self.initial = _snapshot(packed)
-        folder = stage_folder(folder, f"{options!r} {seed}", dict(stored_tensors(packed)), [inputs])
         self.path = None if folder is None else folder / CHECKPOINT
         self.twin, self.trainables = trainable_copy(
             packed, reference, codes=options.lr_codes > 0, stand_in=stand_in

@@ -1,6 +1,9 @@
 """Finished parts of a learning stage on disk, so that an interrupted run goes on from there."""
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,28 +13,38 @@ from torch import Tensor
 
 from jlcm.files import replacing
 from jlcm.layers import Stored
+from jlcm.locks import exclusive
 
 
+@contextmanager
 def stage_folder(
     folder: Path | None, settings: str, store: dict[str, Stored], inputs: list[Tensor]
-) -> Path | None:
+) -> Iterator[Path | None]:
     """Where a stage keeps its finished parts, named by a hash of all that decides its result.
 
+    It is locked meanwhile: a run that begins alike waits, and then reads the parts.
+
     Args:
-        folder: that several runs may share; None to keep nothing, which returns None.
+        folder: that several runs may share; None to keep nothing, which yields None.
         settings: options and seed.
         store: stored tensors of the compressed network by name, as they are before the stage.
         inputs: calibration inputs.
     """
     if folder is None:
-        return None
+        yield None
+        return
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     stored = [(f"{name} {key}", t) for name, s in store.items() for key, t in s.named_buffers()]
     for name, tensor in [*stored, *(("input", batch) for batch in inputs)]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(content.numpy())
-    return Path(folder) / digest.hexdigest()
+    path = Path(folder) / digest.hexdigest()
+    if path.exists() and not os.access(folder, os.W_OK):  # finished parts can be read all the same
+        yield path
+        return
+    with exclusive(path):
+        yield path
 
 
 def save_part(path: Path, parts: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -117,27 +117,29 @@ def learn_layers(
         flip=options.flip,
     )
     store = dict(stored_tensors(packed))
-    folder = stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs)
     (results, finish), modules = collector(on_result), dict(reference.named_modules())
-    bar = tqdm(calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False)
-    for index, layer in enumerate(bar):
-        target = target_of(layer, store, modules, device)
-        path = None if folder is None else folder / f"{index:04d}.safetensors"
-        if path is not None and path.exists():
-            metadata = restore_part(path, stored_parts(target))
-            target.weight.relative_error = float(metadata["relative_error"])
-            result = LayerResult(**json.loads(metadata["result"]))
-            finish(replace(result, restored=True))
-            continue
-        began = time.perf_counter()
-        result = _learn_layer(calibration, index, target, options, seed)
-        result.seconds = time.perf_counter() - began
-        if path is not None:
-            metadata = {"result": json.dumps(asdict(result))}
-            metadata["relative_error"] = repr(target.weight.relative_error)
-            save_part(path, stored_parts(target), metadata)
-        finish(result)
-        bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
+    with stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs) as folder:
+        bar = tqdm(
+            calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False
+        )
+        for index, layer in enumerate(bar):
+            target = target_of(layer, store, modules, device)
+            path = None if folder is None else folder / f"{index:04d}.safetensors"
+            if path is not None and path.exists():
+                metadata = restore_part(path, stored_parts(target))
+                target.weight.relative_error = float(metadata["relative_error"])
+                result = LayerResult(**json.loads(metadata["result"]))
+                finish(replace(result, restored=True))
+                continue
+            began = time.perf_counter()
+            result = _learn_layer(calibration, index, target, options, seed)
+            result.seconds = time.perf_counter() - began
+            if path is not None:
+                metadata = {"result": json.dumps(asdict(result))}
+                metadata["relative_error"] = repr(target.weight.relative_error)
+                save_part(path, stored_parts(target), metadata)
+            finish(result)
+            bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
     for name, note in calibration.skipped.items():
         finish(LayerResult(name=name, note=note))
     reference.train(training[0])
