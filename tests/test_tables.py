@@ -54,7 +54,9 @@ def test_every_table_is_an_experiment_and_shows_all_its_keys():
         assert set(rowsmodule._sweep(name)) == {*table.lines, *table.columns}, name
 
 
-@pytest.mark.parametrize("name", [n for n, t in TABLES.items() if t.full_scale is not None and t.paper])
+@pytest.mark.parametrize(
+    "name", [n for n, t in TABLES.items() if t.full_scale is not None and t.paper]
+)
 def test_all_numbers_of_the_paper_are_in_the_table(name):
     numbers = paper_numbers(TABLES[name])
     found = tidy(name, [])
