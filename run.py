@@ -77,6 +77,8 @@ def _failed(error: Exception) -> str:
 
 def write_tables(arguments: list[str]) -> None:
     """Write the table of a sweep; the records are safe whatever happens here."""
+    if not any(argument.startswith("experiment=") for argument in arguments):
+        return  # the process that launches others then needs no PyTorch
     from experiments.tables.make import after_sweep
 
     try:
