@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Options of the run, for instance: make run ARGS="model=mobilenet_v2 alpha=5.33"
 ARGS ?= model=resnet18 init=hierarchical
 
-.PHONY: help run test test-slow tables figures format bench clean
+.PHONY: help run test test-slow tables figures docs format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test-slow: $(VENV)/.dev  ## run the slow tests and those that need a package ind
 
 tables: $(VENV)/.run  ## write every table that has records, and results/report.html
 	$(BIN)/python scripts/make_tables.py
+
+docs: $(VENV)/.dev  ## build the documentation into site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix .

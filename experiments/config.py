@@ -45,7 +45,7 @@ class ImageConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class ImageFolderConfig(ImageConfig):
-    """ImageNet's folder layout: root/train/<class>/*, root/val/<class>/*."""
+    """ImageNet's folder layout: `root/train/<class>/*`, `root/val/<class>/*`."""
 
     kind: str = "image_folder"
     root: str = MISSING

@@ -20,6 +20,9 @@ class Architecture:
     Attributes:
         builder: "module:function", for instance "torchvision.models:resnet18".
         arguments: keyword arguments of the function, JSON types only.
+
+    Raises:
+        ValueError: for a builder outside torchvision and timm, or arguments of other types.
     """
 
     builder: str
@@ -53,6 +56,9 @@ class Architecture:
 
         Returns:
             The network; its parameters hold no trained values.
+
+        Raises:
+            ValueError: the builder is no function of its package.
         """
         module, _, function = self.builder.partition(":")
         build = getattr(importlib.import_module(module), function)

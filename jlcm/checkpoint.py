@@ -46,7 +46,7 @@ def save(
     """Write a compressed model to one file, atomically.
 
     Args:
-        model: returned by `jlcm.compress`.
+        model: returned by `jlcm.compress`, `jlcm.quantize` or `jlcm.load`.
         path: usually *.safetensors; its folder is made if needed.
         architecture: how `jlcm.load` rebuilds the network; by default the one that the model was
             loaded with. Without any, `jlcm.load` must be given a network of the same architecture.

@@ -44,7 +44,7 @@ class Compression:
     Attributes:
         alpha: goal.
         reference_bytes: parameters and floating buffers of the original model at 2 bytes each.
-        options: init, encoding, reorder and seed.
+        options: init, encoding, reorder, allocation, outliers and seed, or the compared method's.
         notes: what was done otherwise than asked, one sentence each.
         relu: names of ReLU6 modules of the original that are plain ReLU in the compressed model.
     """
@@ -81,49 +81,58 @@ def compress(
 ) -> nn.Module:
     """Compress a network's weights into codebooks, without data or with unlabelled inputs.
 
+    Equations and tables are those of Yvinec, Dapogny and Bailly, "Network Memory Footprint
+    Compression Through Jointly Learnable Codebooks and Mappings".
+
     Args:
         model: any network; it is compressed for inference.
         alpha: goal, above 1 and at most 16: fp16 bytes of the chosen tensors over their packed
             bytes.
-        init: clustering method, or its options.
-        encoding: kind of encoding, or its options.
+        init: clustering method ("random", "kmeans", "bisecting", "spectral" or "hierarchical"), or
+            its options.
+        encoding: kind of encoding ("multi_scale", "multi_codebook", "per_row", "tiles" or "auto"),
+            or its options.
         reorder: "auto" (propagate orders into the layers that follow where that is legal, and store
             an order elsewhere if it lowers the error at equal bytes), "propagated", "stored"
             (always store where the bytes allow) or "none".
-        filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
-            MultiheadAttention.
+        filter_fn: called with every submodule and its full name, true where the submodule's weight
+            is to be compressed; default every Linear, Conv1d, Conv2d and MultiheadAttention.
         importance: non-negative weights of the squared errors (squared gradients, a diagonal
-            Hessian), by name of the tensor, same shape; missing tensors count evenly. "fisher"
-            estimates them on the calibration inputs.
+            Hessian), by full name of the tensor ("layer1.weight"), floating, of the tensor's shape;
+            missing tensors count evenly. "fisher" estimates them on the calibration inputs.
         allocation: "uniform" (the same bits for all layers, Eq. 3) or "auto" (bits by sensitivity,
             the Fisher information on the calibration inputs, at the same bytes).
-        outliers: part of the bytes for sparse outliers, added to the weights before distillation.
+        outliers: part of the bytes, at least 0 and below 1, for sparse 16-bit corrections of single
+            weights, which are added before distillation.
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
             orders can be propagated. Without it orders are only stored.
-        calibration: unlabelled inputs, (n, ...) or batches of them, for `learn`, `blocks`,
-            `distill`, `allocation="auto"` and `importance="fisher"`.
+        calibration: unlabelled inputs as the network takes them, one tensor (n, ...) or a list of
+            such batches, for `learn`, `blocks`, `distill`, `allocation="auto"` and
+            `importance="fisher"`. For the last three the network must return logits,
+            (n, ..., classes).
         learn: learn codebooks and codes layer by layer (Eq. 5 to 9); None to leave it out.
         blocks: then tune block by block; None to leave it out.
         distill: then tune the network end to end; None to leave it out.
-        folder: where learning keeps what is finished, so that an interrupted call goes on there.
-            Calls with other options may share it: each finds only what it would compute itself.
+        folder: where learning keeps what is finished, so that an interrupted call goes on there;
+            None to keep nothing. Calls with other options may share it: each finds only what it
+            would compute itself.
         seed: of the clustering and the learning.
         inplace: use up `model` in place of a copy.
-        device: where learning runs.
+        device: where learning runs. The network stays there if layers or blocks are learned.
         progress: show a progress bar.
         on_result: called with the result of each layer and block and of each epoch of distillation
             as soon as there is one, also with those read from `folder`, in the same order.
 
     Returns:
         The compressed network, in evaluation mode. Its layers hold codes and decode when they run.
-        `model.learning` lists what learning did to each layer and block, then the result of
-        distillation.
+            Its attribute `compression` says what was done, and `learning` lists what learning did
+            to each layer and block, then the result of distillation.
 
     Raises:
-        Invalid: (a ValueError) for an option out of range, or a goal that cannot be reached.
+        Invalid: (a ValueError) for an option out of range, a goal that cannot be reached, or
+            learning without calibration inputs.
         ValueError: no layer selected, NaN or Inf in a tensor, values beyond float16, a model that
-            is already compressed, importance of a wrong name or shape, learning without
-            calibration inputs.
+            is already compressed, importance of a wrong name or shape, too few calibration inputs.
     """
     alpha = check_alpha(alpha)
     if not 0 <= outliers < 1:

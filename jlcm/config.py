@@ -27,8 +27,8 @@ class Init:
     """How weights and neurons are clustered.
 
     Attributes:
-        method: random, kmeans, bisecting, spectral or hierarchical (Table 3).
-        features: what neurons are compared by: their weights, or the quantiles of their weights.
+        method: "random", "kmeans", "bisecting", "spectral" or "hierarchical" (Table 3).
+        features: what neurons are compared by: "weights", or "quantiles" of their weights.
     """
 
     method: str = "hierarchical"
@@ -45,13 +45,16 @@ class Encoding:
     """Which codebooks and scales a tensor gets.
 
     Attributes:
-        kind: multi_scale (Eq. 1), multi_codebook (Eq. 2), per_row (a codebook per output neuron),
-            tiles (a codebook per tile), or auto (per tensor, multi_scale or multi_codebook,
-            whichever has the smaller weighted error at equal bytes).
-        tile: (rows, columns) of a tile.
-        budget: pooled (Eq. 3's bytes are shared over the model) or per_layer (Eq. 3 as printed).
+        kind: "multi_scale" (one codebook and many scales, Eq. 1), "multi_codebook" (many codebooks,
+            Eq. 2), "per_row" (a codebook per output neuron), "tiles" (a codebook per tile), or
+            "auto" (per tensor, multi_scale or multi_codebook, whichever has the smaller weighted
+            error at equal bytes).
+        tile: (rows, columns) of a tile, with "tiles" alone.
+        budget: "pooled" (Eq. 3's bytes are shared over the model) or "per_layer" (Eq. 3 as
+            printed).
         fold_bn: fold batch norms into the layers before them, first.
-        first_last: same (compressed like all others) or int8 (uniform, one scale per row).
+        first_last: "same" (compressed like all others) or "int8" (the first and the last weight on
+            a uniform grid of 8 bits, one scale per row).
         refit_scales: least-squares scales in place of the largest magnitude of the group.
     """
 

@@ -27,7 +27,7 @@ class LayerFootprint:
         outliers: number of sparse outliers.
         stored_order: whether an order of its rows is stored.
         nbytes: codes, codebooks, scales, order and outliers.
-        relative_error: ||decoded - W|| / ||W||.
+        relative_error: ||decoded - W|| / ||W|| (Frobenius norms), nan where it is not known.
     """
 
     name: str
@@ -46,7 +46,11 @@ class Footprint:
     """Bytes of a compressed network.
 
     Attributes:
-        codes: bytes of codes; likewise codebooks, scales, orders and outliers.
+        codes: bytes of codes.
+        codebooks: bytes of codebooks.
+        scales: bytes of scales, zero points and exponents.
+        orders: bytes of stored orders of rows, and of masks of rows.
+        outliers: bytes of sparse outliers and their positions.
         other: bytes of everything else that is stored (biases, norms, embeddings, buffers).
         payload: all of these, which is also what the loaded network holds in memory.
         header: bytes of the file beside the payload (names, description), 0 without a file.
@@ -82,7 +86,11 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
     """Account for every byte of a compressed network.
 
     Args:
-        model: returned by `jlcm.compress` or `jlcm.load`, or the path of a packed file.
+        model: returned by `jlcm.compress`, `jlcm.quantize` or `jlcm.load`, or the path of a packed
+            file.
+
+    Returns:
+        Bytes by what they hold, ratios, and an entry for each compressed tensor.
 
     Raises:
         ValueError: if the model is not compressed, or the file cannot be read.
@@ -130,6 +138,12 @@ def resident_bytes(path: str | os.PathLike) -> int:
 
     The rise of the process's resident set size from just before to just after `jlcm.load`, with the
     libraries imported and the file loaded once before, so that code is not counted.
+
+    Args:
+        path: of a packed file that names its architecture.
+
+    Returns:
+        Bytes.
 
     Raises:
         RuntimeError: if the process fails.

@@ -90,20 +90,22 @@ def quantize(
 
     Args:
         model: any network; it is quantised for inference.
-        method: name in `METHODS`.
+        method: "rtn", "dfq", "squant", "powerquant", "redpp", "rex" (without data), "adaround",
+            "brecq", "nupes", "lnq" or "dkm" (with calibration inputs).
         alpha: goal, fp16 bytes of the weights over their packed bytes. Methods of fixed width take
             floor(16 / alpha) bits, so that only their nominal alpha reaches it; scales and zero
             points come on top and are counted.
         options: the method's dataclass of options; None for its defaults.
-        bits: width of the codes, in place of the one that follows from alpha.
+        bits: width of the codes, 1 to 8, in place of the one that follows from alpha.
         first_last: "same" (the first and the last weight like all others) or "int8" (8 bits, one
             scale for each row).
-        filter_fn: chooses layers by module and name; default every Linear, Conv1d, Conv2d and
-            MultiheadAttention.
-        calibration: unlabelled inputs, (n, ...) or batches of them, for methods that learn.
+        filter_fn: called with every submodule and its full name, true where the submodule's weight
+            is to be quantised; default every Linear, Conv1d, Conv2d and MultiheadAttention.
+        calibration: unlabelled inputs as the network takes them, one tensor (n, ...) or a list of
+            such batches, for methods that learn.
         seed: of every random choice.
         inplace: use up `model` in place of a copy.
-        device: where learning runs.
+        device: where learning runs. After methods that learn the network may stay there.
         progress: show progress bars.
         on_result: called with the result of each layer, block or epoch as soon as there is one.
 
@@ -111,7 +113,7 @@ def quantize(
         The quantised network, in evaluation mode, as `jlcm.compress` returns it.
 
     Raises:
-        Invalid: (a ValueError) for an option out of range.
+        Invalid: (a ValueError) for an option out of range, or learning without calibration inputs.
         ValueError: as `jlcm.compress`.
     """
     alpha = check_alpha(alpha)

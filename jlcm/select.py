@@ -12,12 +12,28 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 
 
 def linear_and_convolution(module: nn.Module, name: str) -> bool:
-    """Every Linear, Conv1d, Conv2d and the projections of MultiheadAttention (the default)."""
+    """Choose every Linear, Conv1d, Conv2d and the projections of MultiheadAttention (the default).
+
+    Args:
+        module: submodule of the network.
+        name: its full name.
+
+    Returns:
+        Whether its weight is to be compressed.
+    """
     return isinstance(module, _LAYERS)
 
 
 def with_embeddings(module: nn.Module, name: str) -> bool:
-    """The default and every Embedding."""
+    """Choose the default and every Embedding.
+
+    Args:
+        module: submodule of the network.
+        name: its full name.
+
+    Returns:
+        Whether its weight is to be compressed.
+    """
     return isinstance(module, (*_LAYERS, nn.Embedding))
 
 

@@ -46,7 +46,15 @@ def predict(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, with the standard error of top-1."""
+    """Top-1 and top-5 accuracy in percent, with the standard error of top-1.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) class indices.
+
+    Returns:
+        `top1`, `top5`, `top1_standard_error` (percent) and `samples`.
+    """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     top1 = hits[:, 0].double().mean().item()
@@ -59,7 +67,16 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def distance(original: Tensor, packed: Tensor) -> dict[str, float]:
-    """Agreement of the predictions in percent, and mean KL(original || packed) in nats."""
+    """How far a packed network's outputs are from its original's.
+
+    Args:
+        original: logits (n, classes).
+        packed: logits of the same images.
+
+    Returns:
+        `agreement` of the predictions in percent, and `kl`, the mean KL(original || packed) in
+            nats.
+    """
     divergence = torch.nn.functional.kl_div(
         packed.log_softmax(1), original.log_softmax(1), log_target=True, reduction="batchmean"
     )

@@ -40,7 +40,8 @@ class Blocks:
         weights: packed weights of a block at least; shorter runs are joined to the next.
         held_out: part of the calibration inputs that selects the best epoch.
         memory: bytes of activations kept in memory; the rest lies on disk.
-        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+        precision: of training: "bf16" (autocast), "fp32", or "auto" (bf16 where the processor
+            has it).
     """
 
     epochs: int = 4

@@ -67,7 +67,8 @@ class Distill:
             image's size; 1 for none.
         mix: blend images in random proportions; the original sees the same blends.
         holdout: share of the inputs that only select the best epoch.
-        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+        precision: of training: "bf16" (autocast), "fp32", or "auto" (bf16 where the processor
+            has it).
     """
 
     epochs: int = 8

@@ -18,15 +18,17 @@ class Learn:
     """How the packed weights of a network are learned from calibration inputs.
 
     Attributes:
-        kind: none (statistics only), codebook (Eq. 7, first row), joint (Eq. 7), proximal (Eq. 8
-            and 9), or lnq (no gradients: least-squares codebooks and coordinate descent over the
-            codes, after LNQ of GuidedQuant, Kim et al. 2025).
-        start: what the learning starts from: the packed codes, or the codes that lnq finds.
+        kind: "none" (statistics only), "codebook" (Eq. 7, first row), "joint" (Eq. 7), "proximal"
+            (Eq. 8 and 9), or "lnq" (no gradients: least-squares codebooks and coordinate descent
+            over the codes, after LNQ of GuidedQuant, Kim et al. 2025).
+        start: what the learning starts from: the "packed" codes, or those that lnq finds
+            ("least_squares").
         row_scale: fit a scale for each row that a following batch norm absorbs (its scale is stored
             anyway, so it costs no bytes). Codes are then clustered anew; lnq or start=least_squares
             only.
-        statistics: what is re-estimated in the norm or bias that follows a layer: nothing; the
-            mean; mean and variance (moments); or the least-squares scale and shift (regression).
+        statistics: what is re-estimated in the norm or bias that follows a layer: "none"; the
+            "mean"; mean and variance ("moments"); or the least-squares scale and shift
+            ("regression").
         activation: include the activation that directly follows in the objective (Eq. 5). The
             objective is then sampled; otherwise it is a quadratic form of Gram matrices and exact.
             Gradient kinds only.
@@ -40,11 +42,13 @@ class Learn:
         rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
         sweeps: coordinate-descent sweeps over all codes in a round.
         polish: sweeps after the gradient kinds.
-        sign: corrected (towards the wanted codeword) or printed (Eq. 8 as printed, which ascends).
-        distance: unit of |C_a - C_j| in Eq. 8: the mean gap of the codebook (relative), raw, or the
-            number of codewords between them (rank).
-        forward: hard (the codeword of the largest logit) or soft (the mixture, Eq. 5 as printed).
-        second_moment: Adam's second moment per logit, or shared by the logits of a weight.
+        sign: "corrected" (towards the wanted codeword) or "printed" (Eq. 8 as printed, which
+            ascends).
+        distance: unit of |C_a - C_j| in Eq. 8: the mean gap of the codebook ("relative"), "raw", or
+            the number of codewords between them ("rank").
+        forward: "hard" (the codeword of the largest logit) or "soft" (the mixture, Eq. 5 as
+            printed).
+        second_moment: Adam's second moment "per_element", or "shared" by the logits of a weight.
         keep_best: return the state with the least hard loss, not the last one.
         final_least_squares: least-squares codebooks and scales after the gradient kinds.
         iterations: gradient steps per layer.

@@ -47,7 +47,7 @@ class LayerResult:
         name: of the weight.
         before: squared output error on the held-out inputs over the output's variance, as given.
         after: the same for what was kept.
-        kept: initialisation, statistics (only norm or bias changed) or learned.
+        kept: "initialisation", "statistics" (only norm or bias changed) or "learned".
         seconds: that it took.
         restored: whether it was read from the folder of an earlier run.
         note: why a layer was left as it was; empty otherwise.

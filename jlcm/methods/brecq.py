@@ -41,10 +41,11 @@ class Brecq(Steps):
     Attributes:
         iterations: gradient steps for each block.
         lr: step size of Adam for the roundings.
-        loss: mse (its public code's default) or fisher: errors of a block's output weighted by the
-            squared gradient of the divergence of the network's output.
+        loss: "mse" (its public code's default) or "fisher": errors of a block's output weighted by
+            the squared gradient of the divergence of the network's output.
         weights: weights of a block at least; shorter runs are joined to the next.
-        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+        precision: of training: "bf16" (autocast), "fp32", or "auto" (bf16 where the processor
+            has it).
     """
 
     iterations: int = 500

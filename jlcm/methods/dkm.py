@@ -39,7 +39,8 @@ class DKM:
         flip: mirror images at random, left to right.
         zoom: smallest area, as share of the image, of random windows that are resized to the
             image's size; 1 for none.
-        precision: of training: bf16 (autocast), fp32, or auto (bf16 where the processor has it).
+        precision: of training: "bf16" (autocast), "fp32", or "auto" (bf16 where the processor
+            has it).
     """
 
     epochs: int = 8

@@ -29,8 +29,8 @@ class LNQ:
     """Options of LNQ.
 
     Attributes:
-        layout: groups (flat groups of weights, as many as the bytes buy) or per_row (the paper's:
-            a codebook for each row, whose bytes come on top).
+        layout: "groups" (flat groups of weights, as many as the bytes buy) or "per_row" (the
+            paper's: a codebook for each row, whose bytes come on top).
         rounds: outer rounds.
         sweeps: coordinate-descent sweeps over all codes in a round.
         damping: ridge towards the original weight, relative to the mean diagonal of H.

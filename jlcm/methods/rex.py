@@ -37,7 +37,7 @@ class REx:
             those that follow from alpha, None takes them.
         orders: terms at most, the first included.
         outliers: part of the bytes that goes to sparse outliers.
-        range: of a grid: search (least squared error) or min_max.
+        range: of a grid: "search" (least squared error) or "min_max".
     """
 
     bits: int | None = None

@@ -15,7 +15,7 @@ class RTN:
     """Options of round to nearest.
 
     Attributes:
-        range: of a grid: search (least error, BRECQ's) or min_max.
+        range: of a grid: "search" (least 2.4-norm of the error, BRECQ's) or "min_max".
         per_row: one grid for each output neuron, or one for the tensor.
     """
 
