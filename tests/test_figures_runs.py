@@ -63,7 +63,7 @@ def test_pareto_shows_means_errors_front_and_original(results):
     panel, other = figure.axes
     assert lines(panel) == {
         "JLCM": [(0.101, 92.0)],
-        "RTN": [(0.09, 40.0), (0.15, 80.0)],
+        "round to nearest": [(0.09, 40.0), (0.15, 80.0)],
         "DFQ": [(0.08, 1.0)],
     }
     assert lines(other) == {"DFQ": [(0.3, 70.0)]}
@@ -98,7 +98,7 @@ def test_divergence_has_zero_on_its_axis_and_leaves_out_what_is_not_finite(resul
     panel, other = figure.axes
     assert lines(panel) == {
         "JLCM": [(0.101, pytest.approx(0.2))],
-        "RTN": [(0.09, 2.0), (0.15, 0.5)],
+        "round to nearest": [(0.09, 2.0), (0.15, 0.5)],
     }
     assert step(panel) == [(0.09, 2.0), (0.101, pytest.approx(0.2))]
     assert lines(other) == {"DFQ": [(0.3, 0.0)]}
@@ -111,7 +111,7 @@ def test_cost_shows_seconds_and_gigabytes(results):
     seconds, memory, *_ = draw("cost", read_runs(results), set())[0].axes
     assert lines(seconds)["JLCM"] == [(0.101, 60.0)]
     assert lines(memory)["JLCM"] == [(0.101, pytest.approx(5.0))]
-    assert lines(seconds)["RTN"] == [(0.09, 2.0), (0.15, 2.0)]
+    assert lines(seconds)["round to nearest"] == [(0.09, 2.0), (0.15, 2.0)]
 
 
 def test_time_of_restored_layers_counts(tmp_path):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import matplotlib.style
 from matplotlib.figure import Figure
 
+from experiments.labels import LABELS
 from jlcm.files import replacing
 
 #: Widths of a column and of a page of a two-column paper, in inches.
@@ -54,36 +55,26 @@ class Look(NamedTuple):
 
 # Colours of Okabe and Ito and of Tol's "muted" scheme, both made for colour blindness.
 METHODS = {
-    "jlcm": Look("JLCM", "#D55E00", "*"),
-    "jlcm_init": Look("JLCM, data-free", "#E69F00", "o"),
-    "rtn": Look("RTN", "#777777", "x"),
-    "dfq": Look("DFQ", "#44AA99", "s"),
-    "squant": Look("SQuant", "#117733", "^"),
-    "powerquant": Look("PowerQuant", "#999933", "v"),
-    "redpp": Look("RED++", "#DDCC77", "D"),
-    "rex": Look("REx", "#AA4499", "P"),
-    "adaround": Look("AdaRound", "#0072B2", "s"),
-    "brecq": Look("BRECQ", "#332288", "D"),
-    "nupes": Look("NUPES", "#88CCEE", "v"),
-    "lnq": Look("LNQ", "#CC6677", "^"),
-    "dkm": Look("DKM", "#882255", "X"),
+    "jlcm": Look(LABELS["jlcm"], "#D55E00", "*"),
+    "jlcm_init": Look(LABELS["jlcm_init"], "#E69F00", "o"),
+    "rtn": Look(LABELS["rtn"], "#777777", "x"),
+    "dfq": Look(LABELS["dfq"], "#44AA99", "s"),
+    "squant": Look(LABELS["squant"], "#117733", "^"),
+    "powerquant": Look(LABELS["powerquant"], "#999933", "v"),
+    "redpp": Look(LABELS["redpp"], "#DDCC77", "D"),
+    "rex": Look(LABELS["rex"], "#AA4499", "P"),
+    "adaround": Look(LABELS["adaround"], "#0072B2", "s"),
+    "brecq": Look(LABELS["brecq"], "#332288", "D"),
+    "nupes": Look(LABELS["nupes"], "#88CCEE", "v"),
+    "lnq": Look(LABELS["lnq"], "#CC6677", "^"),
+    "dkm": Look(LABELS["dkm"], "#882255", "X"),
 }
 INITS = {
     "random": Look("random", "#777777", "x"),
-    "kmeans": Look("k-means", "#0072B2", "s"),
-    "bisecting": Look("bisecting", "#009E73", "^"),
+    "kmeans": Look(LABELS["kmeans"], "#0072B2", "s"),
+    "bisecting": Look(LABELS["bisecting"], "#009E73", "^"),
     "spectral": Look("spectral", "#CC79A7", "D"),
     "hierarchical": Look("hierarchical", "#E69F00", "o"),
-}
-_NETWORKS = {
-    "resnet18": "ResNet-18",
-    "resnet50": "ResNet-50",
-    "mobilenet_v2": "MobileNetV2",
-    "efficientnet_b0": "EfficientNet-B0",
-    "vit_b_16": "ViT-B/16",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "efficientnet_lite1": "EfficientNet-Lite1",
-    "efficientnet_lite2": "EfficientNet-Lite2",
 }
 
 
@@ -95,7 +86,7 @@ def look(method: str) -> Look:
 def title(panel: str) -> str:
     """Title of a panel: the network's usual name, and the data below it."""
     network, _, rest = panel.partition(", ")
-    return f"{_NETWORKS.get(network, network)}\n{rest}" if rest else _NETWORKS.get(network, network)
+    return f"{LABELS.get(network, network)}\n{rest}" if rest else LABELS.get(network, network)
 
 
 @styled

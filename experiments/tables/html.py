@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from experiments.labels import LABELS
 from experiments.runs import flatten
 from experiments.tables.cells import at
 from experiments.tables.specs import TABLES, Table, paper_numbers
-from experiments.tables.write import DIGITS, LABELS, caption, footnotes, label, paper_heading, shown
+from experiments.tables.write import DIGITS, caption, footnotes, label, paper_heading, shown
 from jlcm.files import replacing
 
 #: What the page says of a run when it is pointed at, beside its configuration.

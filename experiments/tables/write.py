@@ -5,46 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.labels import LABELS
 from experiments.tables.specs import Measure, Table
 from jlcm.files import replacing
 
-#: Keys and values of sweeps as they are printed; others are printed as they are.
-LABELS = {
-    "adaround": "AdaRound",
-    "adaround_short": "AdaRound (short)",
-    "bisecting": "bisecting k-means",
-    "brecq": "BRECQ",
-    "brecq_short": "BRECQ (short)",
-    "codebook": "codebooks",
-    "deit_tiny": "DeiT-Ti",
-    "dfq": "DFQ",
-    "dkm": "DKM",
-    "efficientnet_b0": "EfficientNet-B0",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "efficientnet_lite1": "EfficientNet-Lite1",
-    "efficientnet_lite2": "EfficientNet-Lite2",
-    "init": "clustering",
-    "jlcm": "JLCM",
-    "jlcm_init": "JLCM (init)",
-    "joint": "codebooks, mappings",
-    "kmeans": "k-means",
-    "learn": "learned",
-    "lnq": "LNQ",
-    "mobilenet_v2": "MobileNetV2",
-    "multi_codebook": "multi-codebook",
-    "multi_scale": "multi-scale",
-    "nupes": "NUPES",
-    "nupes_short": "NUPES (short)",
-    "powerquant": "PowerQuant",
-    "proximal": "codebooks, mappings, proximal gradient",
-    "redpp": "RED++",
-    "resnet18": "ResNet-18",
-    "resnet50": "ResNet-50",
-    "rex": "REx",
-    "rtn": "round to nearest",
-    "squant": "SQuant",
-    "vit_b16": "ViT-B/16",
-}
 #: Digits after the point of the details.
 DIGITS = {"true alpha": 2, "seconds": 0, "peak GB": 1}
 
@@ -56,7 +20,7 @@ def label(key: str, value: str) -> str:
 
 def paper_heading(table: Table) -> str:
     """Heading of the paper's numbers; says of what data where ours are of another."""
-    return "paper" if table.full_scale is not None else "paper, ImageNet"
+    return "paper" if table.full_scale is not None else "paper (ImageNet)"
 
 
 def shown(table: Table, tidy: pd.DataFrame) -> pd.DataFrame:
@@ -135,12 +99,19 @@ def caption(table: Table, tidy: pd.DataFrame) -> str:
 
 
 def footnotes(table: Table, tidy: pd.DataFrame) -> list[str]:
-    """What the runs of a line did otherwise than asked, each note once per line of the table."""
-    found: dict[str, None] = {}
-    for _, cell in tidy[tidy["notes"].fillna("").astype(bool)].iterrows():
+    """What runs did otherwise than asked: each note once, with the lines that it belongs to."""
+    found: dict[str, dict[str, None]] = {}
+    run = tidy[tidy["seeds"] > 0]
+    for _, cell in run.iterrows():
         name = ", ".join(label(key, cell[key]) for key in table.lines)
-        found |= dict.fromkeys(f"{name}: {note}" for note in cell["notes"].split("; "))
-    return list(found)
+        for note in (cell["notes"] or "").split("; "):
+            found.setdefault(note, {})[name] = None
+    found.pop("", None)
+    lines = len(run[list(table.lines)].drop_duplicates())
+    return [
+        note if len(names) == lines > 1 else f"{'; '.join(names)}: {note}"
+        for note, names in found.items()
+    ]
 
 
 def latex(name: str, table: Table, tidy: pd.DataFrame) -> str:
