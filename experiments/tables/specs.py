@@ -106,7 +106,7 @@ class Table:
 
 _LISTS = "data.root=DIR data.list=FILE.tsv data.calibration_root=DIR data.calibration_list=FILE.tsv"
 _IMAGENET = 50_000
-_DETAILS = ("true alpha", "seconds", "peak GB")
+_DETAILS = ("KL", "true alpha", "seconds", "peak GB")
 
 
 def _measured(title: str, measures: dict[str, Measure], **options) -> Table:

@@ -10,7 +10,7 @@ from experiments.tables.specs import Measure, Table
 from jlcm.files import replacing
 
 #: Digits after the point of the details.
-DIGITS = {"true alpha": 2, "seconds": 0, "peak GB": 1}
+DIGITS = {"KL": 4, "true alpha": 2, "seconds": 0, "peak GB": 1}
 
 
 def label(key: str, value: str) -> str:
