@@ -29,7 +29,7 @@ def test_everything_that_can_be_drawn_is(results, capsys):
     assert written | missing == CAPTIONS.keys() and not written & missing
     assert written == {"pareto_top1", "pareto_kl", "init", "cost", "mapping_gradient"}
     assert all(": not drawn: " in line for line in printed.err.splitlines())
-    assert f"(from {results / 'runs'} (2))" in printed.out
+    assert "(from 2 runs)" in printed.out
 
 
 def test_asked_for_but_missing_is_an_error_after_the_others_are_drawn(results, capsys):
@@ -40,14 +40,13 @@ def test_asked_for_but_missing_is_an_error_after_the_others_are_drawn(results, c
     assert {path.name for path in (results / "figures").iterdir()} == {"cost.pdf", "cost.png"}
 
 
-def test_damaged_record_is_named_and_the_rest_drawn(results, capsys):
+def test_damaged_record_is_named_and_the_rest_drawn(results, capsys, caplog):
     damaged = results / "runs" / "broken" / "record.json"
     damaged.parent.mkdir()
     damaged.write_text('{"run_id": ')
     command(results, "cost", "--formats", "png")
-    printed = capsys.readouterr()
-    assert f"left out: {damaged} is damaged" in printed.err
-    assert "cost.png" in printed.out
+    assert f"{damaged} is damaged" in caplog.text
+    assert "cost.png" in capsys.readouterr().out
 
 
 def test_damaged_packed_file_is_named(results, capsys):
@@ -61,7 +60,7 @@ def test_damaged_packed_file_is_named(results, capsys):
 
 def test_where_chooses_runs(results, capsys):
     command(results, "pareto_kl", "--formats", "png", "--where", "method.name=rtn")
-    assert f"(from {results / 'runs'} (1))" in capsys.readouterr().out
+    assert "(from 1 run)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: no run fits method.name=dkm"):
         command(results, "--where", "method.name=dkm")
 

@@ -76,7 +76,7 @@ def _compare(
     if usual.empty:
         raise ValueError("no run has the default options of its method: choose others by --where")
     found = one_of_each_seed(usual.dropna(subset=measures))
-    parts = [f"{len(found)} runs"]
+    parts = [f"{len(found)} run{'s' if len(found) > 1 else ''}"]
     left_out = {
         f"without a finite {' or '.join(measures)}": int(usual[measures].isna().any(axis=1).sum()),
         "with other options than the defaults": len(runs) - len(usual),
