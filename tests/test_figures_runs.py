@@ -59,6 +59,7 @@ def results(tmp_path):
 
 
 def test_pareto_shows_means_errors_front_and_original(results):
+    write_run(results, "model=resnet50", "method=squant", top1=60.0, kl=0.5, file_bytes=310_000)
     figure, source = draw("pareto_top1", read_runs(results), set())
     panel, other = figure.axes
     assert lines(panel) == {
@@ -66,7 +67,7 @@ def test_pareto_shows_means_errors_front_and_original(results):
         "round to nearest": [(0.09, 40.0), (0.15, 80.0)],
         "DFQ": [(0.08, 1.0)],
     }
-    assert lines(other) == {"DFQ": [(0.3, 70.0)]}
+    assert lines(other) == {"DFQ": [(0.3, 70.0)], "SQuant": [(0.31, 60.0)]}
     (ours,) = (bars for bars in panel.containers if bars.get_label() == "JLCM")
     error = statistics.stdev([90, 94]) / 2**0.5
     (bar,) = ours.lines[2][0].get_segments()
@@ -81,7 +82,12 @@ def test_pareto_shows_means_errors_front_and_original(results):
     (original,) = (line for line in panel.lines if line.get_label() == "original")
     assert set(original.get_ydata()) == {95.0}
     assert f"original {2 * PARAMETERS / 1e6:.3g} MB" in panel.get_title()
-    assert source == "6 runs; left out 1 with other options than the defaults"
+    assert source == "7 runs; left out 1 with other options than the defaults"
+
+
+def test_pareto_leaves_out_networks_with_nothing_to_compare(results):
+    figure, source = draw("pareto_top1", read_runs(results), set())
+    assert len(figure.axes) == 1 and source.startswith("6 runs")
 
 
 def test_original_is_the_mean_over_seeds(tmp_path):
@@ -94,6 +100,7 @@ def test_original_is_the_mean_over_seeds(tmp_path):
 
 
 def test_divergence_has_zero_on_its_axis_and_leaves_out_what_is_not_finite(results):
+    write_run(results, "model=resnet50", "method=squant", top1=60.0, kl=0.5, file_bytes=310_000)
     figure, source = draw("pareto_kl", read_runs(results), set())
     panel, other = figure.axes
     assert lines(panel) == {
@@ -101,7 +108,7 @@ def test_divergence_has_zero_on_its_axis_and_leaves_out_what_is_not_finite(resul
         "round to nearest": [(0.09, 2.0), (0.15, 0.5)],
     }
     assert step(panel) == [(0.09, 2.0), (0.101, pytest.approx(0.2))]
-    assert lines(other) == {"DFQ": [(0.3, 0.0)]}
+    assert lines(other) == {"DFQ": [(0.3, 0.0)], "SQuant": [(0.31, 0.5)]}
     for each in figure.axes:
         assert each.get_yscale() == "symlog" and each.get_ylim()[0] < 0
     assert "left out 1 without a finite kl" in source

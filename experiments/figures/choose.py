@@ -47,9 +47,11 @@ def draw(name: str, runs: pd.DataFrame, chosen: set[str], layer: str | None = No
         raise ValueError("there is no finished run: run something first, for instance make run")
     match name:
         case "pareto_top1":
-            return _compare(runs, chosen, ["top1"], lambda found: plot_pareto(found, "top1"))
+            return _compare(
+                runs, chosen, ["top1"], lambda found: plot_pareto(_compared(found), "top1")
+            )
         case "pareto_kl":
-            return _compare(runs, chosen, ["kl"], lambda found: plot_pareto(found, "kl"))
+            return _compare(runs, chosen, ["kl"], lambda found: plot_pareto(_compared(found), "kl"))
         case "cost":
             return _compare(runs, chosen, ["compress_seconds", "peak_rss_bytes"], plot_cost)
         case "init":
@@ -83,6 +85,12 @@ def _compare(
     }
     parts += [f"left out {count} {why}" for why, count in left_out.items() if count]
     return plot(found), "; ".join(parts)
+
+
+def _compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of the panels in which methods can be compared; all, if there is no such panel."""
+    several = runs.groupby("panel")["method"].transform("nunique") > 1
+    return runs[several] if several.any() else runs
 
 
 def _preferred(runs: pd.DataFrame) -> Iterator[tuple[pd.Series, Record]]:
