@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from tqdm import tqdm
 
-from experiments.config import register, run_id
+from experiments.config import configurations, run_id
 from experiments.records import read_record
 from experiments.runs import compression_seconds
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 #: Eq. 5 to 9 by themselves: nothing re-estimated around them, no discrete solver afterwards.
 _PLAIN = {"statistics": "none", "polish": "0", "final_least_squares": "false"}
 #: Fewer and larger steps than the default: on ResNet-18 (digits, alpha 7.5) 60 such steps left the
@@ -153,8 +152,7 @@ def network_overrides(name: str) -> list[str]:
 
 def finished(overrides: list[str], results_dir: Path) -> dict[str, Any] | None:
     """Record of a run that was done before, None if there is none."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configurations():
         config = compose("config", overrides=overrides)
     return read_record(results_dir / "runs" / run_id(config))
 

@@ -3,10 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @dataclass(kw_only=True)
@@ -199,6 +203,9 @@ DATA_SCHEMAS = {
     "schema_image_list": ImageListConfig,
 }
 
+#: Options of data that say where it lies.
+DATA_PLACES = ("root", "list", "calibration_root", "calibration_list")
+
 #: What does not change the result of a run, and so is no part of its identity.
 NOT_IDENTITY = (
     "hydra", "experiment", "compute", "tracking", "force", "output", "results_dir", "stages_dir",
@@ -213,6 +220,12 @@ def register() -> None:
         store.store(group="data", name=name, node=schema)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
     OmegaConf.register_new_resolver("cores_per_job", cores_per_job, replace=True)
+
+
+def configurations() -> initialize_config_dir:
+    """The context in which `hydra.compose` finds `conf/`."""
+    register()
+    return initialize_config_dir(str(CONF), version_base="1.3")
 
 
 def identity(config: DictConfig) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import re
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 
-from hydra import compose, initialize
+from hydra import compose
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import DATA_SCHEMAS, Config
+from experiments.config import DATA_SCHEMAS, Config, configurations
 
 #: Hydra's plugin for compute=NAME.
 _PLUGINS = {
@@ -62,7 +62,7 @@ def check_overrides(arguments: list[str]) -> None:
         if tail and keys[head] and tail.partition(".")[0] not in keys[head]:
             raise ValueError(_message(tail, keys[head], group=head))
     if not flags:
-        with initialize(version_base="1.3", config_path="../conf"):
+        with configurations():
             compose("config", overrides=arguments)
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
-from experiments.config import identity, register
+from experiments.config import DATA_PLACES, configurations, identity
 from experiments.records import load_records
 
 _log = logging.getLogger(__name__)
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 #: Columns of a table, and where a record has them.
 COLUMNS = {
@@ -52,7 +50,8 @@ NEEDED = ("model", "data", *_NUMBERS)
 CELL = ["panel", "method", "options", "init", "encoding", "alpha_goal"]
 #: Options that a compared method may set differently without becoming a variant of itself.
 _FREE = {"method.bits", "encoding.first_last"}
-_PATHS = ("data.root", "data.list", "data.calibration_root", "data.calibration_list")
+#: Options of data that a title says otherwise, or not.
+_UNTITLED = {"kind", "limit", *DATA_PLACES}
 
 
 def as_table(records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -143,8 +142,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 @functools.cache
 def default_config() -> dict[str, Any]:
     """The defaults of `conf/`, flattened."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configurations():
         return flatten(identity(compose("config")))
 
 
@@ -218,11 +216,11 @@ def _panel(config: dict[str, Any], samples: float) -> str:
     )
     if weights := config.get("model.weights"):
         title += f", {Path(weights).stem}"
-    usual = default_config() | {"data.kind": None, "data.limit": None}
+    usual = default_config()
     for key in sorted(config):
-        if key.startswith("data.") and key not in (*_PATHS, "data.kind", "data.limit"):
-            if config[key] != usual.get(key):
-                title += f", {key.removeprefix('data.')}={config[key]}"
+        group, _, option = key.partition(".")
+        if group == "data" and option not in _UNTITLED and config[key] != usual.get(key):
+            title += f", {option}={config[key]}"
     return title
 
 

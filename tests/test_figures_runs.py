@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from written_runs import PARAMETERS, write_run
 
+from experiments.config import CONF
 from experiments.figures import CAPTIONS
 from experiments.figures.choose import draw
 from experiments.figures.runs import pareto_front, plot_cost, plot_init, plot_pareto
 from experiments.figures.style import INITS, METHODS, look, save
-from experiments.runs import CONF, read_runs
+from experiments.runs import read_runs
 
 points = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12)
 

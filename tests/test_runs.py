@@ -5,9 +5,9 @@ import json
 import pytest
 from written_runs import PARAMETERS, write_run
 
+from experiments.config import CONF
 from experiments.records import publish_record, read_record
 from experiments.runs import (
-    CONF,
     default_options,
     flatten,
     read_runs,

@@ -4,11 +4,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
-from experiments.config import identity, register, run_id
+from experiments.config import configurations, identity, run_id
 from experiments.records import write_record
-from experiments.runs import CONF
 
 PARAMETERS = 1_000_000
 
@@ -16,8 +15,7 @@ PARAMETERS = 1_000_000
 @cache
 def composed(overrides: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """Name and identity of a run, as `run.py` makes them."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configurations():
         config = compose("config", overrides=list(overrides))
     return run_id(config), identity(config)
 

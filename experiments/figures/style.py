@@ -53,29 +53,37 @@ class Look(NamedTuple):
     marker: str
 
 
+def _looks(styles: dict[str, tuple[str, str]]) -> dict[str, Look]:
+    return {name: Look(LABELS.get(name, name), *style) for name, style in styles.items()}
+
+
 # Colours of Okabe and Ito and of Tol's "muted" scheme, both made for colour blindness.
-METHODS = {
-    "jlcm": Look(LABELS["jlcm"], "#D55E00", "*"),
-    "jlcm_init": Look(LABELS["jlcm_init"], "#E69F00", "o"),
-    "rtn": Look(LABELS["rtn"], "#777777", "x"),
-    "dfq": Look(LABELS["dfq"], "#44AA99", "s"),
-    "squant": Look(LABELS["squant"], "#117733", "^"),
-    "powerquant": Look(LABELS["powerquant"], "#999933", "v"),
-    "redpp": Look(LABELS["redpp"], "#DDCC77", "D"),
-    "rex": Look(LABELS["rex"], "#AA4499", "P"),
-    "adaround": Look(LABELS["adaround"], "#0072B2", "s"),
-    "brecq": Look(LABELS["brecq"], "#332288", "D"),
-    "nupes": Look(LABELS["nupes"], "#88CCEE", "v"),
-    "lnq": Look(LABELS["lnq"], "#CC6677", "^"),
-    "dkm": Look(LABELS["dkm"], "#882255", "X"),
-}
-INITS = {
-    "random": Look("random", "#777777", "x"),
-    "kmeans": Look(LABELS["kmeans"], "#0072B2", "s"),
-    "bisecting": Look(LABELS["bisecting"], "#009E73", "^"),
-    "spectral": Look("spectral", "#CC79A7", "D"),
-    "hierarchical": Look("hierarchical", "#E69F00", "o"),
-}
+METHODS = _looks(
+    {
+        "jlcm": ("#D55E00", "*"),
+        "jlcm_init": ("#E69F00", "o"),
+        "rtn": ("#777777", "x"),
+        "dfq": ("#44AA99", "s"),
+        "squant": ("#117733", "^"),
+        "powerquant": ("#999933", "v"),
+        "redpp": ("#DDCC77", "D"),
+        "rex": ("#AA4499", "P"),
+        "adaround": ("#0072B2", "s"),
+        "brecq": ("#332288", "D"),
+        "nupes": ("#88CCEE", "v"),
+        "lnq": ("#CC6677", "^"),
+        "dkm": ("#882255", "X"),
+    }
+)
+INITS = _looks(
+    {
+        "random": ("#777777", "x"),
+        "kmeans": ("#0072B2", "s"),
+        "bisecting": ("#009E73", "^"),
+        "spectral": ("#CC79A7", "D"),
+        "hierarchical": ("#E69F00", "o"),
+    }
+)
 
 
 def look(method: str) -> Look:

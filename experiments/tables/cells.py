@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.config import NOT_IDENTITY, identity, register
-from experiments.runs import CONF, compression_seconds
+from experiments.config import DATA_PLACES, NOT_IDENTITY, configurations, identity
+from experiments.runs import compression_seconds
 from experiments.tables.specs import TABLES, Measure, Table, paper_numbers
-
-#: Where the data lies is no part of what a cell is; all runs of a table must agree on it.
-_PLACES = ("root", "list", "calibration_root", "calibration_list")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def narrowed(name: str, overrides: Sequence[str]) -> list[str]:
         head, _, tail = key.partition(".")
         if key == "seed" or head.partition("/")[0] in NOT_IDENTITY:
             continue
-        if head == "data" and tail in _PLACES:
+        if head == "data" and tail in DATA_PLACES:
             continue
         if key in swept and set(_values(override)) <= set(swept[key]):
             continue
@@ -71,9 +68,8 @@ def cells(name: str, overrides: tuple[str, ...] = ()) -> tuple[Cell, ...]:
             swept[override.get_key_element()] = _values(override)
         else:
             fixed.append(override.input_line)
-    register()
     found = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configurations():
         for values in itertools.product(*swept.values()):
             keys = dict(zip(swept, values, strict=True))
             chosen = [f"{key}={value}" for key, value in keys.items()]
@@ -121,8 +117,7 @@ def tidy(
 @cache
 def _sweep(name: str) -> dict[str, list[str]]:
     """Keys and values of an experiment's sweep, in its order."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with configurations():
         config = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
     params = config.hydra.sweeper.params or {}
     parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
@@ -136,9 +131,9 @@ def _values(override) -> list[str]:
 
 
 def _without_seed(kept: dict[str, Any]) -> str:
-    """Identity of a run but for its seed and the place of its data."""
+    """Identity of a run but for its seed and the place of its data, which all of a table share."""
     kept = {key: value for key, value in kept.items() if key != "seed"}
-    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in _PLACES}
+    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in DATA_PLACES}
     if weights := kept["model"].get("weights"):
         kept["model"] = kept["model"] | {"weights": Path(weights).name}
     return json.dumps(kept, sort_keys=True, default=str)
@@ -149,7 +144,7 @@ def _check_data(name: str, records: list[dict[str, Any]]) -> None:
     found: dict[tuple, list[str]] = {}
     for record in records:
         data = record["config"].get("data", {})
-        places = tuple(Path(data[k]).name for k in _PLACES[:2] if data.get(k))
+        places = tuple(Path(data[k]).name for k in DATA_PLACES[:2] if data.get(k))
         found.setdefault((*places, _samples(record)), []).append(record["run_id"])
     if len(found) > 1:
         runs = "; ".join(f"{data}: {', '.join(ids)}" for data, ids in found.items())
@@ -235,6 +230,6 @@ def _beside_the_paper(table: Table, lines: pd.DataFrame, *, reduced: bool) -> pd
     lines["status"] = "reduced scale"
     lines.loc[at_scale, "status"] = "reproduced"
     lines.loc[lines["seeds"] == 0, "status"] = "not run"
-    swept = [key for key in lines.columns[: lines.columns.get_loc("measure")]]
+    swept = list(lines.columns[: lines.columns.get_loc("measure")])
     first = [*swept, "measure", "paper", "ours", "difference", "status"]
     return lines[[*first, *(column for column in lines if column not in first)]]

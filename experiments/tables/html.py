@@ -12,7 +12,7 @@ from experiments.labels import LABELS
 from experiments.runs import flatten
 from experiments.tables.cells import at
 from experiments.tables.specs import TABLES, Table, paper_numbers
-from experiments.tables.write import DIGITS, caption, footnotes, label, paper_heading, shown
+from experiments.tables.write import DIGITS, caption, footnotes, label, number, paper_heading, shown
 from jlcm.files import replacing
 
 #: What the page says of a run when it is pointed at, beside its configuration.
@@ -59,6 +59,7 @@ def write_report(
             for file, text in figures.items()
         ],
         runs=_runs(records),
+        number=number,
     )
     with replacing(path) as temporary:
         temporary.write_text(text)
@@ -106,10 +107,7 @@ def _line(table: Table, cell: dict[str, Any]) -> dict[str, Any]:
         "digits": measure.digits,
         "better": measure.better,
         "original": cell["original"],
-        "details": {
-            key: "" if cell[key] is None else f"{cell[key]:,.{DIGITS[key]}f}"
-            for key in table.details
-        },
+        "details": {key: number(cell[key], DIGITS[key]) for key in table.details},
         "runs": (cell["runs"] or "").split(),
     }
 

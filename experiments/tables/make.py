@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -51,7 +52,7 @@ def make_tables(
     if not files:
         wanted = ", ".join(names) if names else "any table"
         raise ValueError(f"no record below {results_dir} belongs to {wanted}: run it first")
-    return [*files, make_report(results_dir)]
+    return [*files, _make_report(results_dir, records)]
 
 
 def after_sweep(arguments: list[str]) -> list[Path]:
@@ -74,11 +75,11 @@ def after_sweep(arguments: list[str]) -> list[Path]:
     return make_tables(Path(chosen.get("results_dir", "results")), [name], overrides)
 
 
-def make_report(results_dir: Path) -> Path:
+def _make_report(results_dir: Path, records: dict[str, dict[str, Any]]) -> Path:
     """Write the page of all tables that were made, and of all figures."""
     tables = {path.stem: read_tidy(path) for path in sorted((results_dir / "tables").glob("*.csv"))}
     used = {run_id for table in tables.values() for run_id in " ".join(table["runs"]).split()}
-    records = {k: v for k, v in load_records(results_dir).items() if k in used}
+    records = {k: v for k, v in records.items() if k in used}
     drawn = {name: results_dir / "figures" / f"{name}.png" for name in CAPTIONS}
     figures = {path: CAPTIONS[name] for name, path in drawn.items() if path.is_file()}
     path = results_dir / "report.html"

@@ -5,6 +5,7 @@ sweep. The paper's numbers are in `paper/`, under the same keys.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -106,45 +107,31 @@ class Table:
 
 _LISTS = "data.root=DIR data.list=FILE.tsv data.calibration_root=DIR data.calibration_list=FILE.tsv"
 _IMAGENET = 50_000
-_DETAILS = ("KL", "true alpha", "seconds", "peak GB")
 
 
 def _measured(title: str, measures: dict[str, Measure], **options) -> Table:
     return Table(title=title, lines=("model",), columns=(), measures=measures, **options)
 
 
-def _table3(scale: str, **options) -> Table:
-    return Table(
-        title=f"Table 3, clustering of the data-free initialisation, {scale}",
-        lines=("encoding", "init"),
-        columns=("model", "alpha"),
-        measures=TOP1,
-        paper="table3",
-        **options,
-    )
+def _accuracy(scale: str, *, title: str, **options) -> Table:
+    columns = ("model", "alpha")
+    return Table(title=f"{title}, {scale}", columns=columns, measures=TOP1, **options)
 
 
-def _table4(scale: str, **options) -> Table:
-    return Table(
-        title=f"Table 4, what is learned, {scale}",
-        lines=("learn",),
-        columns=("model", "alpha"),
-        measures=TOP1,
-        paper="table4",
-        **options,
-    )
-
-
-def _table5(scale: str, **options) -> Table:
-    return Table(
-        title=f"Table 5, compared methods, {scale}",
-        lines=("method",),
-        columns=("model", "alpha"),
-        measures=TOP1,
-        details=_DETAILS,
-        paper="table5",
-        **options,
-    )
+_table3 = partial(
+    _accuracy,
+    title="Table 3, clustering of the data-free initialisation",
+    lines=("encoding", "init"),
+    paper="table3",
+)
+_table4 = partial(_accuracy, title="Table 4, what is learned", lines=("learn",), paper="table4")
+_table5 = partial(
+    _accuracy,
+    title="Table 5, compared methods",
+    lines=("method",),
+    details=("KL", "true alpha", "seconds", "peak GB"),
+    paper="table5",
+)
 
 
 #: Tables by the name of their experiment.

@@ -68,8 +68,13 @@ def wide(table: Table, tidy: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return texts.droplevel(one, axis=1), best.droplevel(one, axis=1)
 
 
+def number(value: float | None, digits: int) -> str:
+    """A number as it is printed; nothing where there is none."""
+    return "" if pd.isna(value) else f"{value:,.{digits}f}"
+
+
 def _numbers(values: pd.Series, digits: int) -> list[str]:
-    return ["" if pd.isna(value) else f"{value:,.{digits}f}" for value in values]
+    return [number(value, digits) for value in values]
 
 
 def _best(values: pd.Series, measure: Measure) -> list[bool]:
