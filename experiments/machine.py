@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from threadpoolctl import threadpool_limits
 
 from jlcm.config import Invalid, check_choice
 
@@ -32,6 +33,13 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def limit_threads(count: int | None) -> None:
+    """Let PyTorch and the thread pools of clustering use so many threads; None: as they are."""
+    if count is not None:
+        torch.set_num_threads(count)
+        threadpool_limits(count)
+
+
 def versions(*more: str) -> dict[str, str]:
     """Versions of what a result depends on, and of further packages."""
     packages = ("jlcm", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -42,6 +50,19 @@ def versions(*more: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def keep_freed_blocks() -> None:
+    """Let glibc reuse freed blocks of up to 64 MB, and keep up to 512 MB of them.
+
+    By default each tensor of some megabytes is mapped, zeroed page by page and unmapped again,
+    which can take longer than what is computed with it: elementwise operations on 10 MB tensors
+    take about half as long this way. Does nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def reset_peak_rss() -> None:
@@ -79,16 +100,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def keep_freed_blocks() -> None:
-    """Let glibc reuse freed blocks of up to 64 MB, and keep up to 512 MB of them.
-
-    By default each tensor of some megabytes is mapped, zeroed page by page and unmapped again,
-    which can take longer than what is computed with it: elementwise operations on 10 MB tensors
-    take about half as long this way. Does nothing where the C library is another one.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)

@@ -15,37 +15,19 @@ from experiments.evaluate.latency import check_latency, measure_latency
 from experiments.evaluate.memory import check_footprint, measure_footprint
 from experiments.evaluate.offload import check_offload
 from experiments.evaluate.precision import measure_precision
-from experiments.machine import choose_device, describe_machine, versions
+from experiments.machine import choose_device, describe_machine, limit_threads, versions
 from experiments.models import Network, load_network
 from experiments.options import compressor, needs_calibration
-from experiments.records import PACKED_FILE, RECORD, read_record, write_record
-from experiments.tracking import OFF, Tracker
+from experiments.records import PACKED_FILE, write_record
+from experiments.tracking import Tracker
 from jlcm.config import Invalid
-from jlcm.locks import once
 
 
-def measure(
-    config: Config,
-    *,
-    run_id: str,
-    identity: dict[str, Any],
-    folder: Path,
-    tracker: Tracker = OFF,
-) -> dict[str, Any]:
-    """Do one measurement, or return the record of a finished one.
-
-    Args:
-        config: the whole configuration; its `task` is a measurement.
-        run_id: name of the run.
-        identity: what the measurement looks at; it goes into the record.
-        folder: of the run.
-        tracker: mirrors the record; the caller closes it.
-
-    Returns:
-        The record. Its keys are described in `docs/records.md`.
+def check_measurement(config: Config) -> None:
+    """Check the options of a measurement, and that its data is there.
 
     Raises:
-        ValueError, OSError: for bad options, data or weights, before long work.
+        ValueError, OSError: for bad options or data.
     """
     match config.task:
         case "footprint":
@@ -55,23 +37,22 @@ def measure(
             _packer(config)
         case "precision":
             check_files(config.data)
-    with once(folder / RECORD, again=config.force, lock=folder) as missing:
-        if missing:
-            _measure(config, run_id, identity, folder)
-    record = read_record(folder)
-    if missing:
-        # Begun only now, so that it does not disturb the measurement.
-        tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
-        tracker.log_record(record)
-    else:
-        tracker.mirror(record)
-    return record
 
 
-def _measure(config: Config, run_id: str, identity: dict[str, Any], folder: Path) -> None:
+def measure(
+    config: Config, *, run_id: str, identity: dict[str, Any], folder: Path, tracker: Tracker
+) -> None:
+    """Do one measurement and write its record, whose keys are described in `docs/records.md`.
+
+    Args:
+        config: the whole configuration, checked; its `task` is a measurement.
+        run_id: name of the run.
+        identity: what the measurement looks at; it goes into the record.
+        folder: of the run.
+        tracker: is started at the end, so that it does not disturb the measurement.
+    """
     devices = choose_devices(config.compute.device)
-    if config.compute.threads is not None:
-        torch.set_num_threads(config.compute.threads)
+    limit_threads(config.compute.threads)
     start, notes = time.perf_counter(), []
     match config.task:
         case "footprint":
@@ -94,6 +75,7 @@ def _measure(config: Config, run_id: str, identity: dict[str, Any], folder: Path
         "notes": notes,
     }
     write_record(folder, record)
+    tracker.start(identity | {"compute": asdict(config.compute)}, config.task)
 
 
 def choose_devices(device: str) -> list[torch.device]:

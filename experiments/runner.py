@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +24,12 @@ from experiments.machine import (
     choose_device,
     describe_machine,
     keep_freed_blocks,
+    limit_threads,
     peak_rss_bytes,
     reset_peak_rss,
     versions,
 )
-from experiments.measure import measure
+from experiments.measure import check_measurement, measure
 from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, RECORD, read_record, write_record
@@ -47,7 +47,7 @@ def run(
     folder: Path,
     tracker: Tracker = OFF,
 ) -> dict[str, Any]:
-    """Do one run, or return the record of a finished one.
+    """Do one run or measurement, or return the record of a finished one.
 
     A process that comes to a run that another one works on waits for it.
 
@@ -65,12 +65,14 @@ def run(
         ValueError, OSError: for bad options, data or weights, before long work where possible.
     """
     check_options(config)
-    if config.task != "compress":
-        return measure(config, run_id=run_id, identity=identity, folder=folder, tracker=tracker)
-    compress = compressor(config)
+    if config.task == "compress":
+        work = partial(_compress, compress=compressor(config))
+    else:
+        check_measurement(config)
+        work = measure
     with once(folder / RECORD, again=config.force, lock=folder) as missing:
         if missing:
-            _run(config, compress, run_id, identity, folder, tracker)
+            work(config, run_id=run_id, identity=identity, folder=folder, tracker=tracker)
     record = read_record(folder)
     if missing:
         tracker.log_record(record)
@@ -79,8 +81,9 @@ def run(
     return record
 
 
-def _run(
+def _compress(
     config: Config,
+    *,
     compress: partial,
     run_id: str,
     identity: dict[str, Any],
@@ -88,9 +91,7 @@ def _run(
     tracker: Tracker,
 ) -> None:
     device = choose_device(config.compute.device)
-    if config.compute.threads is not None:
-        torch.set_num_threads(config.compute.threads)
-        threadpool_limits(config.compute.threads)  # clustering has thread pools of its own
+    limit_threads(config.compute.threads)
     check_files(config.data)
     finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
