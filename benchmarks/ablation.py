@@ -66,7 +66,7 @@ ROWS: dict[str, list[str]] = {
 #: Networks by name: overrides of `run.py`; {data} is the folder of JLCM_DATA.
 NETWORKS: dict[str, list[str]] = {
     "resnet18_digits": ["model=resnet18"],
-    "deit_digits": ["model=timm", "model.name=deit_tiny_patch16_224", "data.image_size=64"],
+    "deit_digits": ["model=deit_tiny"],
     "resnet18_imagenette": [
         "model=resnet18",
         "model.weights={data}/weights/resnet18_imagenette128.safetensors",
