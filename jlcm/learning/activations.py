@@ -18,6 +18,7 @@ class Activations:
 
     Attributes:
         memory: bytes that entries may take in memory together.
+        folder: where a temporary folder is made for the rest, None for the system's place.
     """
 
     def __init__(self, memory: int, folder: Path | None = None) -> None:
@@ -28,7 +29,7 @@ class Activations:
             folder: where a temporary folder is made for the rest, None for the system's place.
         """
         self.memory = memory
-        self._folder, self._temporary = folder, None
+        self.folder, self._temporary = folder, None
         self._held: dict[int, tuple[State, State]] = {}
         self._files: dict[int, Path] = {}
 
@@ -73,9 +74,9 @@ class Activations:
 
     def _place(self) -> Path:
         if self._temporary is None:
-            if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            self._temporary = tempfile.TemporaryDirectory(prefix="activations-", dir=self._folder)
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
         return Path(self._temporary.name)
 
 

@@ -127,8 +127,6 @@ def learn_blocks(
     if next(stored_tensors(packed), None) is None:
         raise ValueError("the network has no packed weights: call jlcm.compress first")
     training = reference.training, packed.training
-    packed.eval().to(device)
-    reference.eval().to(device)
     calibration = Calibration(
         packed,
         reference,

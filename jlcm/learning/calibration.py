@@ -8,6 +8,7 @@ networks run from their inputs for every layer.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,25 @@ class _Tracer(fx.Tracer):
         return is_static_norm(module) or not parts or super().is_leaf_module(module, name)
 
 
-class _Stop(Exception):
-    """Carries the arguments of a module out of a forward that needs to go no further."""
+class Stopped(Exception):
+    """Ends a forward that needs to go no further."""
+
+
+@contextmanager
+def stopping(module: nn.Module) -> Iterator[list[tuple[tuple, dict]]]:
+    """End forwards where a module is called; the list then holds its arguments."""
+    found: list[tuple[tuple, dict]] = []
+
+    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append((args, kwargs))
+        raise Stopped
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(Stopped):
+            yield found
+    finally:
+        hook.remove()
 
 
 class Calibration:
@@ -105,7 +123,7 @@ class Calibration:
                 least `LEAST_POSITIONS`.
             held_out: part of the inputs that is told apart.
             seed: of the sampling.
-            device: where the networks are.
+            device: where the networks run, and stay.
             folder: where activations past `memory` go for a while.
             flip: add mirror images of the inputs, if these are images.
 
@@ -128,6 +146,8 @@ class Calibration:
                 f"out a part of {held_out}"
             )
         self._modules = dict(packed.named_modules()), dict(reference.named_modules())
+        packed.eval().to(device)
+        reference.eval()
         self._trace()
         self.layers, self.skipped = self._find_layers()
 
@@ -162,6 +182,7 @@ class Calibration:
                 break
 
     def _trace(self) -> None:
+        self.reference.to(self.device)
         try:
             graph = _Tracer().trace(self.reference)
         except Exception:  # torch.fx raises many types; the slower way needs no graph
@@ -382,18 +403,11 @@ class Calibration:
         }
 
     def _stopped(self, model: int, name: str, batch: Tensor) -> tuple[tuple, dict]:
-        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Stop(args, kwargs)
-
-        module = self._modules[model][name]
-        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with stopping(self._modules[model][name]) as found:
             (self.packed, self.reference)[model](batch.to(self.device))
-        except _Stop as stopped:
-            return stopped.args
-        finally:
-            hook.remove()
-        raise NotImplementedError("it does not run on every calibration batch")
+        if not found:
+            raise NotImplementedError("it does not run on every calibration batch")
+        return found[0]
 
 
 def split_inputs(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration
+from jlcm.learning.decoder import calibrate
 from jlcm.learning.layer import (
     Target,
     given_affine,
@@ -101,9 +102,7 @@ def learn_layers(
     options, device = options or Learn(), torch.device(device)
     _check(packed, reference)
     training = reference.training, packed.training
-    packed.eval().to(device)
-    reference.eval().to(device)
-    calibration = Calibration(
+    calibration = calibrate(
         packed,
         reference,
         batches,

@@ -201,10 +201,9 @@ def calibration_of(
     Raises:
         ValueError: calibration set empty or too small, or not finite.
     """
-    packed.to(network.device)
     return Calibration(
         packed,
-        reference.eval().to(network.device),
+        reference,
         network.calibration,
         forward_batch=32,
         memory=memory,

@@ -1,0 +1,158 @@
+import copy
+
+import pytest
+import torch
+
+import jlcm
+from jlcm.learning.calibration import Calibration
+from jlcm.learning.decoder import DecoderCalibration, decoder_layers
+from jlcm.learning.sequential import learn_layers
+
+transformers = pytest.importorskip("transformers")
+
+OPTIONS = {
+    "forward_batch": 4,
+    "memory": 2**30,
+    "positions": 8,
+    "held_out": 0.25,
+    "seed": 0,
+    "device": torch.device("cpu"),
+}
+
+
+def tiny_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    config = transformers.LlamaConfig(**sizes | changes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def without_head(module, name):
+    return name != "lm_head" and jlcm.linear_and_convolution(module, name)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 64, (10, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def networks():
+    reference = tiny_llama()
+    return jlcm.compress(reference, alpha=5, filter_fn=without_head, progress=False), reference
+
+
+def test_finds_the_decoder_layers_of_several_architectures():
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
+    assert decoder_layers(tiny_llama()) == "model.layers"
+    assert decoder_layers(transformers.GPT2LMHeadModel(config)) == "transformer.h"
+    assert decoder_layers(torch.nn.Sequential(torch.nn.Linear(2, 2))) is None
+
+
+def every_pair(calibration):
+    return {
+        layer.name: [tuple(map(torch.clone, pair)) for pair in calibration.pairs(index)]
+        for index, layer in enumerate(calibration.layers)
+    }
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+@pytest.mark.parametrize("head", [False, True])
+def test_sees_what_whole_forwards_see(tokens, memory, head):
+    """The same inputs and outputs as two whole networks that are stopped at each layer."""
+    reference = tiny_llama()
+    chosen = jlcm.linear_and_convolution if head else without_head
+    packed = jlcm.compress(reference, alpha=5, filter_fn=chosen, progress=False)
+    whole = every_pair(Calibration(packed, reference, tokens, **OPTIONS))
+    options = OPTIONS | {"memory": memory}
+    calibration = DecoderCalibration(packed, reference, tokens, **options)
+    found = every_pair(calibration)
+    assert list(found) == list(whole) and len(found) == 3 * 7 + head
+    assert not calibration.skipped
+    for name, pairs in found.items():
+        for ours, theirs in zip(pairs, whole[name], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_later_layers_see_what_was_learned_before(tokens, networks):
+    packed, reference = networks
+    calibration = DecoderCalibration(packed, reference, tokens, **OPTIONS)
+    places = {layer.name: index for index, layer in enumerate(calibration.layers)}
+    inputs, *_ = next(calibration.pairs(places["model.layers.0.self_attn.q_proj.weight"]))
+    before, *_ = next(
+        DecoderCalibration(packed, reference, tokens, **OPTIONS).pairs(
+            places["model.layers.0.mlp.down_proj.weight"]
+        )
+    )
+    packed.model.layers[0].self_attn.v_proj.packed["weight"].codebooks.mul_(2)
+    after, *_ = next(calibration.pairs(places["model.layers.0.mlp.down_proj.weight"]))
+    assert inputs.shape[2] == 32
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("kind", ["lnq", "proximal"])
+def test_learning_lowers_the_divergence(tokens, kind):
+    reference = tiny_llama()
+    packed = jlcm.compress(reference, alpha=7.5, filter_fn=without_head, progress=False)
+    many = torch.randint(0, 64, (64, 32), generator=torch.Generator().manual_seed(2))
+
+    def divergence():
+        target = reference(tokens).logits.log_softmax(-1)
+        output = packed(tokens).logits.log_softmax(-1)
+        return (target.exp() * (target - output)).sum(-1).mean().item()
+
+    with torch.no_grad():
+        before = divergence()
+        results = learn_layers(
+            packed, reference, many, options=jlcm.Learn(kind=kind, iterations=30), progress=False
+        )
+        after = divergence()
+    assert len(results) == 21 and not any(result.note for result in results)
+    assert after < 0.7 * before
+
+
+def test_goes_on_after_a_stop_with_the_same_result(tokens, tmp_path, monkeypatch):
+    reference = tiny_llama()
+    packed = jlcm.compress(reference, alpha=5, filter_fn=without_head, progress=False)
+    whole, stopped = copy.deepcopy(packed), copy.deepcopy(packed)
+    learn_layers(whole, reference, tokens, progress=False)
+    seen = []
+
+    def stop(result):
+        seen.append(result)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn_layers(stopped, reference, tokens, progress=False, folder=tmp_path, on_result=stop)
+    results = learn_layers(packed, reference, tokens, progress=False, folder=tmp_path)
+    assert sum(result.restored for result in results) == 9
+    for (name, ours), (_, theirs) in zip(
+        packed.named_buffers(), whole.named_buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_an_embedding_that_is_packed_is_left_as_it_was(tokens):
+    reference = tiny_llama(tie_word_embeddings=True)
+    packed = jlcm.compress(
+        reference,
+        alpha=5,
+        filter_fn=jlcm.with_embeddings,
+        progress=False,
+        learn=jlcm.Learn(),
+        calibration=tokens,
+    )
+    notes = {result.name: result.note for result in packed.learning if result.note}
+    assert notes["model.embed_tokens.weight"] == "an embedding is no matrix product"
+    assert packed.lm_head.packed["weight"] is packed.model.embed_tokens.packed["weight"]
