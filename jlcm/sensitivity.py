@@ -33,6 +33,8 @@ MEASURED_BITS = 2
 ONE_BIT = 4.0
 #: Inputs that it is measured on.
 MEASURED_INPUTS = 32
+#: The same for sequences of token ids: tokens together, and of each sequence.
+MOST_TOKENS, MEASURED_TOKENS, MEASURED_LENGTH = 2**14, 512, 128
 #: Inputs of a neuron whose correlations are looked at.
 MOST_COLUMNS = 2048
 
@@ -66,6 +68,8 @@ def fisher_information(
         ValueError: no inputs, outputs that are not logits, or gradients that are NaN or infinite.
     """
     steps = _first(inputs, MOST_INPUTS, STEP)
+    if not steps[0].is_floating_point():  # a sequence has as many outputs as tokens
+        steps = _first(inputs, max(MOST_TOKENS // steps[0][0].numel(), 1), 1)
     device = torch.device(device)
     model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -138,6 +142,9 @@ def estimate_distortions(
     model.to(device).eval()
     batches = [to_device(x, device) for x in _first(inputs, MOST_INPUTS, MEASURED_INPUTS)]
     x = batches[0]
+    if not x.is_floating_point():
+        x = x[: MEASURED_TOKENS // MEASURED_LENGTH, :MEASURED_LENGTH]
+        batches = [to_device(b, device) for b in _first(inputs, MEASURED_INPUTS, 4)]
     parts = dict.fromkeys(weights, 1.0)
     if learned:
         parts = unexplained_parts(model, weights, batches, seed=seed)

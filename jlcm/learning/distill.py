@@ -30,6 +30,7 @@ from jlcm.learning.forward import (
     logits_of,
     outputs_of,
     precision,
+    split_sequences,
     to_device,
 )
 from jlcm.learning.report import OnResult, ignore
@@ -319,16 +320,10 @@ class _Run:
                 zoom=options.zoom,
                 mix=options.mix,
             )
-            x = to_device(x, self.device)
             done = (self.epoch + (step + 0.5) / len(batches)) / options.epochs
             self.before_step(done)
-            with precision(options.precision, self.device):
-                with torch.no_grad():
-                    target = logits_of(self.reference(x), "the original network")
-                output = logits_of(self.twin(x), "the compressed network")
-            loss = divergence(output, target, options.temperature)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss = sum(self._backward(part, len(x)) for part in split_sequences(x, len(x)))
             self._check_finite(loss)
             set_rates(self.optimizer, done, options.codes_start)
             self.optimizer.step()
@@ -336,6 +331,17 @@ class _Run:
                 trainable.project()
             total += loss.item() * len(batch)
         return total / len(order)
+
+    def _backward(self, x: Tensor, count: int) -> Tensor:
+        """Add the gradient of some of a step's `count` inputs; their share of its loss."""
+        x = to_device(x, self.device)
+        with precision(self.options.precision, self.device):
+            with torch.no_grad():
+                target = logits_of(self.reference(x), "the original network")
+            output = logits_of(self.twin(x), "the compressed network")
+        loss = divergence(output, target, self.options.temperature) * (len(x) / count)
+        loss.backward()
+        return loss.detach()
 
     def _check_finite(self, loss: Tensor) -> None:
         gradients = [p.grad for p in self.twin.parameters() if p.grad is not None]
@@ -360,7 +366,8 @@ class _Run:
                 f"the compressed network's outputs have shape {tuple(outputs.shape)}, "
                 f"the original's {tuple(self.targets.shape)}: give the network it was made from"
             )
-        return divergences(outputs, self.targets)
+        pairs = zip(outputs.split(1), self.targets.split(1), strict=True)
+        return torch.cat([divergences(output, target) for output, target in pairs])
 
     def _moved_codes(self) -> float:
         moved = count = 0

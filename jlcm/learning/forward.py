@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 PRECISIONS = ("auto", "bf16", "fp32")
 #: Inputs at a time where no gradients are needed.
 EVALUATION_BATCH = 64
+#: Tokens of sequences that run at once: each has logits for the whole vocabulary.
+MOST_TOKENS = 2048
 
 
 def augment(
@@ -106,11 +108,18 @@ def outputs_of(model: nn.Module, inputs: Tensor, device: torch.device, network: 
     Raises:
         ValueError: NaN or Inf among them.
     """
-    parts = inputs.split(EVALUATION_BATCH)
+    parts = split_sequences(inputs, EVALUATION_BATCH)
     outputs = torch.cat([logits_of(model(to_device(x, device)), network).float() for x in parts])
     if not outputs.isfinite().all():
         raise ValueError(f"outputs of {network} on the calibration inputs contain NaN or Inf")
     return outputs
+
+
+def split_sequences(inputs: Tensor, size: int) -> Sequence[Tensor]:
+    """Inputs in parts of at most `size`; sequences of token ids in parts of few tokens."""
+    if not inputs.is_floating_point():
+        size = min(size, max(MOST_TOKENS // max(inputs[0].numel(), 1), 1))
+    return inputs.split(size)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
