@@ -229,7 +229,7 @@ def _beside_the_paper(table: Table, lines: pd.DataFrame, *, reduced: bool) -> pd
     lines["difference"] = (lines["ours"] - lines["paper"]).where(at_scale)
     lines["status"] = "reduced scale"
     lines.loc[at_scale, "status"] = "reproduced"
-    lines.loc[lines["seeds"] == 0, "status"] = "not run"
+    lines.loc[lines["ours"].isna(), "status"] = "not run"
     swept = list(lines.columns[: lines.columns.get_loc("measure")])
     first = [*swept, "measure", "paper", "ours", "difference", "status"]
     return lines[[*first, *(column for column in lines if column not in first)]]
