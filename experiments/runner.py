@@ -1,7 +1,5 @@
 """One run: network and data -> compress -> save -> reload -> evaluate -> record."""
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
 
 import jlcm
 from experiments.config import Config
-from experiments.data import Data, check_files, load_data
-from experiments.evaluate.vision import accuracy, distance, predict
+from experiments.data import check_files
 from experiments.machine import (
     choose_device,
     describe_machine,
@@ -30,12 +24,11 @@ from experiments.machine import (
     versions,
 )
 from experiments.measure import check_measurement, measure
-from experiments.models import Network, load_network
 from experiments.options import check_options, compressor, needs_calibration, stages_of
 from experiments.records import PACKED_FILE, RECORD, read_record, write_record
+from experiments.subject import Subject
 from experiments.tracking import OFF, Tracker
-from jlcm.config import Invalid
-from jlcm.files import replacing
+from experiments.vision import Classifier
 from jlcm.locks import once, seconds_waited
 
 
@@ -99,17 +92,15 @@ def _compress(
     keep_freed_blocks()
     reset_peak_rss()
     with _timed(seconds, "load"):
-        network = load_network(config.model, config.data, seed=config.seed, device=device)
-        data = load_data(
-            config.data, network.preprocessing, classes=network.classes, seed=config.seed
-        )
+        subject = load_subject(config, identity, device)
     tracker.start(identity | {"compute": asdict(config.compute)})
     with _timed(seconds, "compress"), _memory_errors():
         compressed = compress(
-            network.module,
+            subject.module,
             alpha=config.alpha,
-            calibration=_calibration_images(data) if needs_calibration(config) else None,
-            example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
+            filter_fn=subject.filter_fn,
+            calibration=subject.calibration() if needs_calibration(config) else None,
+            example_inputs=subject.example_inputs,
             folder=finished,
             seed=config.seed,
             device=device,
@@ -117,21 +108,23 @@ def _compress(
         )
     path = folder / PACKED_FILE
     with _timed(seconds, "save"):
-        jlcm.save(compressed, path, architecture=network.architecture)
+        jlcm.save(compressed, path, architecture=subject.architecture)
+    learning = compressed.learning
+    del compressed  # what is evaluated is the file, loaded again
     with _timed(seconds, "evaluate_original"):
-        original, labels = _original_logits(config, network, data, identity, device)
+        original = subject.original()
     with _timed(seconds, "reload"):
-        packed = jlcm.load(path, device=device)
+        reloaded = jlcm.load(path, device=device)
     with _timed(seconds, "evaluate_packed"):
-        logits, _ = _predict(config, packed, data, device, "packed")
+        packed = subject.packed(reloaded)
     if (wait := seconds_waited() - waited) > 0:
         seconds["wait"] = round(wait, 3)
     footprint = jlcm.footprint(path)
     record = {
         "run_id": run_id,
         "config": identity,
-        "original": accuracy(original, labels),
-        "packed": accuracy(logits, labels) | distance(original, logits),
+        "original": original,
+        "packed": packed,
         "footprint": footprint.as_dict(),
         "file": str(path),
         "seconds": seconds,
@@ -139,48 +132,23 @@ def _compress(
         "device": str(device),
         "machine": describe_machine(),
         "versions": versions(),
-        "notes": compressed.compression.notes,
+        "notes": reloaded.compression.notes,
         "layers": [asdict(layer) for layer in footprint.layers],
         "stages": stages_of(compress.keywords),
-        "learning": [asdict(result) for result in compressed.learning],
+        "learning": [asdict(result) for result in learning],
     }
     write_record(folder, record)
     if config.stages_dir is None:  # only needed to go on after a stop
         shutil.rmtree(finished, ignore_errors=True)
 
 
-def _calibration_images(data: Data) -> Tensor:
-    """Calibration images as one tensor; labels are left behind."""
-    if data.calibration is None:
-        raise Invalid("learning needs calibration images: set data.calibration_list, or learn=none")
-    return torch.stack([image for image, _ in tqdm(data.calibration, "calibration", leave=False)])
+def load_subject(config: Config, identity: dict[str, Any], device: torch.device) -> Subject:
+    """The network and its data, by the kind of data.
 
-
-def _original_logits(
-    config: Config, network: Network, data: Data, identity: dict[str, Any], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Outputs of the original network: computed once for all runs of a sweep, then read."""
-    what = {k: identity[k] for k in ("model", "data", "seed")} | versions()
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(config.results_dir) / "originals" / f"{name}.safetensors"
-    with once(path, again=config.force) as missing:
-        if missing:
-            logits, labels = _predict(config, network.module.to(device), data, device, "original")
-            with replacing(path) as temporary:
-                save_file({"logits": logits, "labels": labels}, temporary)
-    kept = load_file(path)
-    return kept["logits"], kept["labels"]
-
-
-def _predict(config, module, data, device, description) -> tuple[Tensor, Tensor]:
-    return predict(
-        module,
-        data.test,
-        device=device,
-        batch_size=config.compute.batch_size,
-        workers=config.compute.workers,
-        description=description,
-    )
+    Raises:
+        ValueError, OSError: for a network or data that cannot be had.
+    """
+    return Classifier(config, identity, device)
 
 
 @contextmanager
