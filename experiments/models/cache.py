@@ -1,7 +1,11 @@
-"""Networks kept on disk between runs: written atomically, verified when they are read."""
+"""Networks and data kept on disk between runs: written atomically, verified when they are read."""
 
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +16,8 @@ from jlcm.files import replacing
 
 #: Name of the checksum among a file's metadata.
 _CHECKSUM = "sha256"
+#: File of a cached folder with the hash of each other file, as `sha256sum -c` reads it.
+CHECKSUMS = "SHA256SUMS"
 
 
 def cache_folder() -> Path:
@@ -64,3 +70,52 @@ def _checksum(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Write a folder of files atomically, with their checksums; it replaces one that is there.
+
+    Args:
+        path: the folder.
+
+    Yields:
+        A folder beside it, which takes its place at the end.
+
+    Raises:
+        OSError: it cannot be written; nothing is left over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        names = sorted(file.name for file in temporary.iterdir())
+        lines = [f"{_sha256(temporary / name)}  {name}\n" for name in names]
+        (temporary / CHECKSUMS).write_text("".join(lines))
+        for name in (*names, CHECKSUMS):
+            os.chmod(temporary / name, 0o644)  # safetensors makes files private
+            with open(temporary / name, "rb+") as file:
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o755)  # mkdtemp makes folders private
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify_folder(path: Path) -> None:
+    """Check the files of a folder that `replacing_folder` wrote.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    for line in (path / CHECKSUMS).read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise ValueError(f"cached {path / name} is damaged: delete {path} and run again")
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
