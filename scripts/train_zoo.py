@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from experiments import models
+from experiments.cache import load_state, save_state
 from experiments.config import ImageFolderConfig, ModelConfig
 from experiments.data.images import ImageFiles, Sample, existing_folder, folder_samples
 from experiments.data.preprocessing import Preprocessing, image_transform
 from experiments.evaluate.vision import accuracy, predict
 from experiments.models import digits
-from experiments.models.cache import load_state, save_state
 from experiments.overrides import one_line
 from jlcm.architecture import Architecture
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.models import assets, cache
+from experiments import cache
+from experiments.models import assets
 from experiments.models.assets import CHECKPOINTS, read_checkpoint, to_timm_layout
 from jlcm.architecture import Architecture
 

@@ -12,8 +12,8 @@ from tiny_language import make_llama, save_language_model
 from torch import nn
 
 import experiments.models.smollm2 as smollm2
+from experiments.cache import replacing_folder, verify_folder
 from experiments.config import LanguageModelConfig, configurations, run_id
-from experiments.models.cache import replacing_folder, verify_folder
 from experiments.models.language import (
     SUPPORTED,
     check_language_model,

@@ -1,6 +1,5 @@
 """Labelled image files on disk: folders per class and lists, checked before anything is run."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from experiments.cache import hash_file
 from jlcm.torchvision_compat import declare_missing_operators
 
 #: A file with its class index.
@@ -166,20 +166,14 @@ def refuse_overlap(test: Sequence[Sample], calibration: Sequence[Sample]) -> Non
     # Files of different sizes differ, so only equal sizes need reading.
     sizes = {os.path.getsize(path) for path in tested}
     shared_sizes = {size for path, _ in calibration if (size := os.path.getsize(path)) in sizes}
-    hashes = {_sha256(path): path for path in tested if os.path.getsize(path) in shared_sizes}
+    hashes = {hash_file(path): path for path in tested if os.path.getsize(path) in shared_sizes}
     for path, _ in calibration:
         resolved = os.path.realpath(path)
         other = tested.get(resolved)
         if other is None and os.path.getsize(path) in shared_sizes:
-            other = hashes.get(_sha256(path))
+            other = hashes.get(hash_file(path))
         if other is not None:
             raise ValueError(
                 f"image {other} of data.list is also in data.calibration_list (as {path}): "
                 "images for calibration must not be evaluated on"
             )
-
-
-def _sha256(path: str) -> str:
-    """Hash a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

