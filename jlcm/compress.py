@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jlcm.budget import MAX_BITS, allocate, goal_bytes
 from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
+from jlcm.decoder import decoder_groups, decoder_layers
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms, norms_after_layers
 from jlcm.layers import (
@@ -105,7 +106,8 @@ def compress(
         outliers: part of the bytes, at least 0 and below 1, for sparse 16-bit corrections of single
             weights, which are added before distillation.
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
-            orders can be propagated. Without it orders are only stored.
+            orders can be propagated; a few token ids (1, length) for a language model of
+            transformers. Without it orders are only stored.
         calibration: unlabelled inputs as the network takes them, one tensor (n, ...) or a list of
             such batches, for `learn`, `blocks`, `distill`, `allocation="auto"` and
             `importance="fisher"`. For the last three the network must return logits,
@@ -317,7 +319,8 @@ def _propagate(
 ) -> set[str]:
     """Re-order producers whose order can be moved into their consumers; names of the tensors."""
     kind, moved = kinds(encoding)[0], set()
-    groups = permutation_groups(model, example_inputs)
+    find = permutation_groups if decoder_layers(model) is None else decoder_groups
+    groups = find(model, example_inputs)
     tensors = dict(model.named_parameters())
     for group in tqdm(groups, desc="re-order", unit="group", disable=not progress, leave=False):
         allocation = allocations.get(group.producer)

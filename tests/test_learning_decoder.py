@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import jlcm
+from jlcm.decoder import decoder_groups, decoder_layers
 from jlcm.learning.calibration import Calibration
-from jlcm.learning.decoder import DecoderCalibration, decoder_layers
+from jlcm.learning.decoder import DecoderCalibration
 from jlcm.learning.sequential import learn_layers
+from jlcm.reorder import permute
 
 transformers = pytest.importorskip("transformers")
 
@@ -156,3 +158,31 @@ def test_an_embedding_that_is_packed_is_left_as_it_was(tokens):
     notes = {result.name: result.note for result in packed.learning if result.note}
     assert notes["model.embed_tokens.weight"] == "an embedding is no matrix product"
     assert packed.lm_head.packed["weight"] is packed.model.embed_tokens.packed["weight"]
+
+
+def test_orders_move_inside_decoder_layers(tokens):
+    model = tiny_llama()
+    groups = decoder_groups(model, tokens[:1, :4])
+    assert len(groups) == 3 * (2 + 1)  # each layer has two heads of values and one MLP
+    shuffled = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for group in groups:
+        permute(shuffled, group, torch.randperm(group.size, generator=generator))
+    moved = {member.name for group in groups for member in group.members}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            shuffled(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+    weights = dict(model.named_parameters())
+    for name, weight in shuffled.named_parameters():
+        assert torch.equal(weight, weights[name]) == (name not in moved)
+
+
+def test_compression_uses_these_orders(tokens):
+    model = tiny_llama()
+    options = {"alpha": 5, "filter_fn": without_head, "progress": False}
+    packed = jlcm.compress(model, example_inputs=tokens[:1], reorder="propagated", **options)
+    plain = jlcm.compress(model, reorder="none", **options)
+    assert not packed.compression.notes
+    codes = "model.layers.0.mlp.up_proj.packed.weight.codes"
+    assert not torch.equal(dict(packed.named_buffers())[codes], dict(plain.named_buffers())[codes])

@@ -8,7 +8,6 @@ networks run from their inputs for every layer.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from jlcm.hooks import stopping
 from jlcm.layers import STORE, HalfTensor, is_static_norm
 from jlcm.learning.activations import Activations, State
 from jlcm.learning.products import Product, output_columns, product_of
@@ -65,27 +65,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         parts = [child for child, _ in module.named_children() if child != STORE]
         return is_static_norm(module) or not parts or super().is_leaf_module(module, name)
-
-
-class Stopped(Exception):
-    """Ends a forward that needs to go no further."""
-
-
-@contextmanager
-def stopping(module: nn.Module) -> Iterator[list[tuple[tuple, dict]]]:
-    """End forwards where a module is called; the list then holds its arguments."""
-    found: list[tuple[tuple, dict]] = []
-
-    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append((args, kwargs))
-        raise Stopped
-
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(Stopped):
-            yield found
-    finally:
-        hook.remove()
 
 
 class Calibration:

@@ -5,15 +5,16 @@ hidden states between two decoder layers are all that is kept of the calibration
 the decoder layer that is learned is on the device in full precision.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jlcm.decoder import before_layers, decoder_layers
+from jlcm.hooks import replaced_forwards, stopping, watching
 from jlcm.learning.activations import Activations, State
-from jlcm.learning.calibration import Calibration, Layer, Stopped, stopping
+from jlcm.learning.calibration import Calibration, Layer
 
 #: Tokens that suffice to see which modules run, and what they share.
 _FEW_TOKENS = 8
@@ -37,22 +38,6 @@ def calibrate(
     return kind(packed, reference, batches, **options)
 
 
-def decoder_layers(model: nn.Module) -> str | None:
-    """Name of the list of decoder layers in a language model of transformers.
-
-    Returns:
-        None for a network of another kind.
-    """
-    if not callable(getattr(model, "get_decoder", None)):
-        return None
-    lists = {
-        name: sum(p.numel() for p in [*module.parameters(), *module.buffers()])
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    return max(lists, key=lists.get, default=None)
-
-
 class DecoderCalibration(Calibration):
     """`Calibration` of a decoder network: the reference stays where it is, but for what runs."""
 
@@ -71,7 +56,7 @@ class DecoderCalibration(Calibration):
     def _calls(self) -> list[tuple[str, int]]:
         calls: list[tuple[str, int]] = []
         self._layer(1).to(self._home)
-        with _watching(self.reference, lambda name, _: calls.append((name, 0))):
+        with watching(self.reference, lambda name, _: calls.append((name, 0))):
             self._call(1, self.inputs[0][:1, :_FEW_TOKENS])
         self._layer(1).to(self.device)
         return calls
@@ -112,7 +97,7 @@ class DecoderCalibration(Calibration):
             return
         seen: list[tuple[str, Any]] = []
         layer, prefix = self._layer(1).to(self.device), f"{self._list}.{index}"
-        with _watching(layer, lambda name, args: seen.append((name, args and args[0]))):
+        with watching(layer, lambda name, args: seen.append((name, args and args[0]))):
             self._run_layer(1, 0, self._kept.get(0)[1][0][:1])
         for name, value in seen:
             first = next(other for other, held in seen if held is value)
@@ -141,7 +126,7 @@ class DecoderCalibration(Calibration):
             else:
                 hidden = state[0].to(self._device(model))
                 layers = self._modules[model][self._list]
-                with _replaced_forwards(layers, lambda *_, **__: hidden):
+                with replaced_forwards(layers, lambda *_, **__: hidden):
                     self._call(model, self.inputs[number])
         if not found:
             raise NotImplementedError("it does not run on every calibration batch")
@@ -152,21 +137,12 @@ class DecoderCalibration(Calibration):
 
     def _embed(self, model: int, batch: Tensor) -> Tensor:
         """Hidden states before the decoder layers; keeps what else these are given."""
-        others: list[tuple[tuple, dict]] = []
-        layers, found, moved = self._modules[model][self._list], [], {}
-
-        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            found.append(hidden)
-            others.append(_to_device((args, kwargs), self.device, moved))
-            if len(others) == len(layers):
-                raise Stopped
-            return hidden
-
-        with _replaced_forwards(layers, skip), contextlib.suppress(Stopped):
-            self._call(model, batch)
+        network = (self.packed, self.reference)[model]
+        hidden, others = before_layers(network, batch.to(self._device(model)))
         # Masks and rotary embeddings depend on the shape alone, since no input is padded.
-        self._others.setdefault((model, tuple(batch.shape)), others)
-        return found[0]
+        if (model, tuple(batch.shape)) not in self._others:
+            self._others[model, tuple(batch.shape)] = _to_device(others, self.device, {})
+        return hidden
 
     def _call(self, model: int, batch: Tensor) -> Any:
         network = (self.packed, self.reference)[model]
@@ -174,33 +150,6 @@ class DecoderCalibration(Calibration):
 
     def _device(self, model: int) -> torch.device:
         return (self.device, self._home)[model]
-
-
-@contextlib.contextmanager
-def _watching(module: nn.Module, see: Callable[[str, tuple], Any]) -> Iterator[None]:
-    """Call `see` with the name and the arguments of each submodule that runs."""
-    hooks = [
-        child.register_forward_pre_hook(lambda _, args, name=name: see(name, args))
-        for name, child in module.named_modules()
-        if name
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def _replaced_forwards(modules: nn.ModuleList, forward: Any) -> Iterator[None]:
-    """Let each module call `forward` in place of its own."""
-    for module in modules:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def _to_device(value: Any, device: torch.device, moved: dict[int, tuple]) -> Any:
