@@ -109,6 +109,7 @@ class MethodConfig:
 
     name: str = MISSING
     bits: int | None = None  # of the codes, compared methods only; None: floor(16 / alpha)
+    outliers: Any = None  # in place of rex.outliers, so that a sweep over methods can have them
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -277,6 +278,8 @@ def identity(config: DictConfig) -> dict[str, Any]:
     kept = [key for key in config if key not in NOT_IDENTITY]
     resolved = OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
     task = resolved.pop("task")
+    if (outliers := resolved["method"].pop("outliers")) is not None:
+        resolved["rex"]["outliers"] = outliers
     measurements = {name: resolved.pop(name) for name in ("footprint", "latency")}
     if task == "latency" and resolved["method"]["name"] == "jlcm":
         resolved["method"]["name"] = "jlcm_init"  # learning changes no time

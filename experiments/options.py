@@ -43,7 +43,8 @@ def compressor(config: Config) -> partial:
     name = config.method.name
     check_choice("method", name, (*OURS, *METHODS))
     check_choice("encoding.first_last", config.encoding.first_last, FIRST_LAST)
-    outliers = _outliers(config.rex.outliers)
+    own = config.method.outliers
+    outliers = _outliers(config.rex.outliers if own is None else own)
     if name in OURS:
         if config.method.options or config.method.bits is not None:
             raise Invalid(f"method={name} has no options of its own: see init, encoding and learn")

@@ -43,6 +43,15 @@ TOP1 = {
 }
 
 
+_LANGUAGE = {
+    "accuracy %": Measure(
+        path="packed.questions.average.acc",
+        standard_error="packed.questions.average.acc_standard_error",
+        original="original.questions.average.acc",
+    ),
+    "perplexity": Measure(path="packed.perplexity", original="original.perplexity", better="low"),
+    "KL": Measure(path="packed.kl", better="low", digits=4),
+}
 _FOOTPRINT = {
     "weights %": Measure(path="results.footprint.weights_percent", better=None),
     "activations %": Measure(path="results.footprint.activations_percent", better=None),
@@ -107,6 +116,7 @@ class Table:
 
 _LISTS = "data.root=DIR data.list=FILE.tsv data.calibration_root=DIR data.calibration_list=FILE.tsv"
 _IMAGENET = 50_000
+_QUESTIONS = 20_465  # of the seven tasks
 
 
 def _measured(title: str, measures: dict[str, Measure], **options) -> Table:
@@ -131,6 +141,14 @@ _table5 = partial(
     lines=("method",),
     details=("KL", "true alpha", "seconds", "peak GB"),
     paper="table5",
+)
+_table6b = partial(
+    Table,
+    lines=("method",),
+    columns=("model", "alpha"),
+    measures=_LANGUAGE,
+    details=("true alpha", "seconds", "peak GB"),
+    paper="table6b",
 )
 
 
@@ -159,6 +177,8 @@ TABLES: dict[str, Table] = {
     "table5": _table5("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
     "table5_digits": _table5("digits"),
     "table5_lite": _table5("labelled lists", command=_LISTS),
+    "table6b": _table6b(title="Table 6b, language models", full_scale=_QUESTIONS),
+    "table6b_small": _table6b(title="Table 6b, SmolLM2-135M"),
 }
 
 

@@ -53,6 +53,8 @@ def wide(table: Table, tidy: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         numbers = pd.concat([pd.Series([column["original"].mean()]), column["ours"]])
         texts[*heading, "ours"] = _numbers(numbers, measure.digits)
         best[*heading, "ours"] = [False, *_best(column["ours"], measure)]
+        if group[-1] != list(table.measures)[-1]:
+            continue  # details belong to the run: once for all its measures
         for detail in table.details:
             texts[*heading, detail] = ["", *_numbers(column[detail], DIGITS[detail])]
             best[*heading, detail] = [False] * (1 + len(column))
