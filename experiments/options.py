@@ -121,7 +121,7 @@ def _outliers(value: Any) -> float:
 def needs_calibration(config: Config) -> bool:
     """Whether the method looks at calibration images."""
     if config.method.name in METHODS:
-        return METHODS[config.method.name].learn is not None
+        return METHODS[config.method.name].needs_inputs
     learn = config.learn if config.method.name == "jlcm" else LearnConfig()
     plain = learn.allocation == "uniform" and learn.importance is None
     return not (plain and learn.kind == "none" and learn.blocks is None and learn.distill is None)

@@ -321,7 +321,7 @@ def _weight(
             sparse = {"gap_bits": description["gap_bits"], "relative_error": error}
             return ExpandedWeight(base, terms=terms, **own, **sparse)
         case "uniform":
-            kind, layout = UniformWeight, {}
+            kind, layout = UniformWeight, {"group": description.get("group")}
         case "codebooks":
             kind, layout = PackedWeight, {"tile": description.get("tile")}
         case other:

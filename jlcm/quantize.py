@@ -28,11 +28,14 @@ from jlcm.methods.dkm import DKM, dkm, one_codebook
 from jlcm.methods.lnq import LNQ, kmeans_codebooks, lnq
 from jlcm.methods.network import Network
 from jlcm.methods.nupes import Nupes, nupes, power_grid
+from jlcm.methods.optq import OPTQ, optq
+from jlcm.methods.optq import nearest as nearest_in_groups
 from jlcm.methods.powerquant import PowerQuant, powerquant
 from jlcm.methods.redpp import RedPP, redpp
 from jlcm.methods.rex import REx, rex
 from jlcm.methods.rtn import RTN, rtn
 from jlcm.methods.squant import SQuant, squant
+from jlcm.methods.squeezellm import SqueezeLLM, squeezellm
 from jlcm.packed import StoredWeight
 from jlcm.select import Filter, linear_and_convolution, select
 
@@ -45,14 +48,21 @@ class Method:
         options: its dataclass of options.
         encode: stored weights by name, from the network and the options.
         learn: tunes the packed network in place, from it, its full-precision original, the network
-            and the options; returns what it did to each part. None for methods without data.
+            and the options; returns what it did to each part. None for methods that do not learn.
         folds: whether batch norms are folded first.
+        observes: whether encoding looks at calibration inputs.
     """
 
     options: type
     encode: Callable[[Network, Any], dict[str, StoredWeight]]
     learn: Callable[[nn.Module, nn.Module, Network, Any], list] | None = None
     folds: bool = True
+    observes: bool = False
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the method needs calibration inputs."""
+        return self.observes or self.learn is not None
 
 
 METHODS: dict[str, Method] = {
@@ -67,6 +77,8 @@ METHODS: dict[str, Method] = {
     "nupes": Method(Nupes, power_grid, nupes),
     "lnq": Method(LNQ, kmeans_codebooks, lnq, folds=False),
     "dkm": Method(DKM, one_codebook, dkm, folds=False),
+    "optq": Method(OPTQ, nearest_in_groups, optq),
+    "squeezellm": Method(SqueezeLLM, squeezellm, folds=False, observes=True),
 }
 
 
@@ -91,7 +103,7 @@ def quantize(
     Args:
         model: any network; it is quantised for inference.
         method: "rtn", "dfq", "squant", "powerquant", "redpp", "rex" (without data), "adaround",
-            "brecq", "nupes", "lnq" or "dkm" (with calibration inputs).
+            "brecq", "nupes", "lnq", "dkm", "optq" or "squeezellm" (with calibration inputs).
         alpha: goal, fp16 bytes of the weights over their packed bytes. Methods of fixed width take
             floor(16 / alpha) bits, so that only their nominal alpha reaches it; scales and zero
             points come on top and are counted.
@@ -102,7 +114,7 @@ def quantize(
         filter_fn: called with every submodule and its full name, true where the submodule's weight
             is to be quantised; default every Linear, Conv1d, Conv2d and MultiheadAttention.
         calibration: unlabelled inputs as the network takes them, one tensor (n, ...) or a list of
-            such batches, for methods that learn.
+            such batches, for methods that look at data.
         seed: of every random choice.
         inplace: use up `model` in place of a copy.
         device: where learning runs. After methods that learn the network may stay there.
@@ -113,7 +125,8 @@ def quantize(
         The quantised network, in evaluation mode, as `jlcm.compress` returns it.
 
     Raises:
-        Invalid: (a ValueError) for an option out of range, or learning without calibration inputs.
+        Invalid: (a ValueError) for an option out of range, or no calibration inputs for a method
+            that needs them.
         ValueError: as `jlcm.compress`.
     """
     alpha = check_alpha(alpha)
@@ -125,8 +138,8 @@ def quantize(
         raise Invalid(f"options of method={method} are a {chosen.options.__name__}")
     if bits is not None and not 1 <= bits <= 8:
         raise Invalid(f"bits={bits} must be between 1 and 8")
-    if chosen.learn is not None and calibration is None:
-        raise Invalid(f"method={method} learns from calibration inputs: pass calibration=")
+    if chosen.needs_inputs and calibration is None:
+        raise Invalid(f"method={method} needs calibration inputs: pass calibration=")
     check_model(model)
     select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()

@@ -166,7 +166,7 @@ def test_every_method_composes_and_is_valid(method):
     if method in METHODS:
         assert options["method"] == method and options["first_last"] == "int8"
         assert isinstance(options["options"], METHODS[method].options)
-        assert needs_calibration(config) == (METHODS[method].learn is not None)
+        assert needs_calibration(config) == METHODS[method].needs_inputs
     else:
         assert options["encoding"].first_last == "int8"
         assert (options["learn"] is None) == (method == "jlcm_init")

@@ -27,7 +27,7 @@ SHORT = {
     "dkm": DKM(epochs=2),
 }
 #: Methods whose 8-bit grids leave next to nothing of the error.
-UNIFORM = ("rtn", "dfq", "squant", "powerquant", "rex", "adaround", "brecq", "nupes")
+UNIFORM = ("rtn", "dfq", "squant", "powerquant", "rex", "adaround", "brecq", "nupes", "optq")
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -122,7 +122,7 @@ def test_relative_errors_and_notes_are_recorded(method):
         assert error != error or 0 <= error < 1.5
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].learn is None])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].needs_inputs])
 def test_methods_without_data_need_none(method):
     packed = jlcm.quantize(network(), method, progress=False)
     again = quantize(network(), method)
@@ -134,6 +134,10 @@ def test_methods_without_data_need_none(method):
 def test_methods_that_learn_say_what_they_did(method):
     packed = quantize(network(), method)
     assert packed.learning
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].needs_inputs])
+def test_methods_with_data_ask_for_it(method):
     with pytest.raises(ValueError, match="pass calibration="):
         jlcm.quantize(network(), method, progress=False)
 

@@ -19,16 +19,18 @@ from jlcm.packing import pack, packed_bytes
 from jlcm.uniform import UniformWeight
 
 
-def decode(codes, scales, shape, bits, *, zeros=None, power=None) -> torch.Tensor:
+def decode(codes, scales, shape, bits, *, zeros=None, power=None, group=None) -> torch.Tensor:
     """scale * sign(g) * |g|^(1 / power), one weight after the other, in double precision."""
     columns, half = codes.numel() // shape[0], 2 ** (bits - 1)
     power = 1.0 if power is None else float(torch.tensor(power).half())
     decoded = []
     for p, code in enumerate(codes.tolist()):
-        group = p // columns if len(scales) > 1 else 0
-        g = (code - (half if zeros is None else int(zeros[group]))) / half
+        place = p // columns if len(scales) > 1 else 0
+        if group is not None:
+            place = p // columns * -(-columns // group) + p % columns // group
+        g = (code - (half if zeros is None else int(zeros[place]))) / half
         magnitude = abs(g) ** (1 / power)
-        decoded.append(float(scales[group].half()) * (magnitude if g > 0 else -magnitude))
+        decoded.append(float(scales[place].half()) * (magnitude if g > 0 else -magnitude))
     return torch.tensor(decoded, dtype=torch.float64).view(shape)
 
 
@@ -36,7 +38,9 @@ def decode(codes, scales, shape, bits, *, zeros=None, power=None) -> torch.Tenso
 def parts(draw) -> dict:
     rows, columns, bits = draw(st.integers(1, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 8))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    scales = torch.rand(draw(st.sampled_from([1, rows])), generator=generator)
+    group = draw(st.none() | st.integers(1, columns - 1)) if columns > 1 else None
+    count = draw(st.sampled_from([1, rows])) if group is None else rows * -(-columns // group)
+    scales = torch.rand(count, generator=generator)
     zeros = torch.randint(2**bits, scales.shape, generator=generator)
     return {
         "codes": torch.randint(2**bits, (rows * columns,), generator=generator),
@@ -47,6 +51,7 @@ def parts(draw) -> dict:
         "bits": bits,
         "zeros": zeros if draw(st.booleans()) else None,
         "power": draw(st.none() | st.floats(0.1, 2)),
+        "group": group,
     }
 
 
@@ -113,6 +118,12 @@ WRONG = {
     "power that float16 rounds to zero": {"power": 1e-9},
     "negative power": {"power": -0.5},
     "no number": {"power": float("nan")},
+    "scales for rows, not groups": {"group": 5},
+    "scales for other groups": {"group": 5, "scales": torch.zeros(12), "zeros": None},
+    "groups of no column": {"group": 0},
+    "groups of whole rows": {"group": 20},
+    "groups of parts of columns": {"group": 5.0},
+    "groups of a bool": {"group": True, "scales": torch.zeros(120), "zeros": None},
 }
 
 
@@ -137,6 +148,7 @@ def test_missing_parts_are_refused():
 METHODS = {
     "rtn": ("rtn", None),
     "one grid": ("rtn", RTN(per_row=False, range="min_max")),
+    "groups": ("rtn", RTN(group=7)),
     "power": ("powerquant", None),
 }
 
