@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jlcm.clustering.scalar import assign, cluster
 from jlcm.learning.calibration import split_inputs
 from jlcm.learning.forward import divergence, logits_of, outputs_of, to_device
-from jlcm.learning.products import product_of
+from jlcm.learning.products import Product, watching_products
 from jlcm.select import as_matrix
 
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
@@ -192,41 +192,20 @@ def unexplained_parts(
     Returns:
         By name a number in (0, 1]; 1 for a weight that is no plain product.
     """
-    modules = dict(model.named_modules())
     columns: dict[str, list[Tensor]] = {name: [] for name in weights}
+    size, count = sum(map(len, batches)), 0
 
-    def hook(name: str):
-        def collect(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            try:
-                product = product_of(name, module, args, kwargs)
-            except NotImplementedError:
-                return
-            generator = torch.Generator().manual_seed(seed)
-            size = sum(map(len, batches))
-            wanted = -(-max(8 * min(product.length(), MOST_COLUMNS), 4096) // size)
-            count = current["size"]
-            found = product.columns(product.sample(wanted, count, generator), count)
-            inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
-            columns[name].append(
-                found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2)
-            )
+    def see(name: str, product: Product) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        wanted = -(-max(8 * min(product.length(), MOST_COLUMNS), 4096) // size)
+        found = product.columns(product.sample(wanted, count, generator), count)
+        inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
+        columns[name].append(found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2))
 
-        return collect
-
-    current, hooks = {"size": 0}, []
-    for name in weights:
-        owner = modules[name.rpartition(".")[0]]
-        parent = modules[name.rpartition(".")[0].rpartition(".")[0]]
-        if isinstance(parent, nn.MultiheadAttention):  # its projection is no call of its own
-            owner = parent
-        hooks.append(owner.register_forward_pre_hook(hook(name), with_kwargs=True))
-    try:
+    with watching_products(model, weights, see):
         for batch in batches:
-            current["size"] = len(batch)
+            count = len(batch)
             model(batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return {
         name: _unexplained(torch.cat(found, -1).float()) if found else 1.0
         for name, found in columns.items()

@@ -5,6 +5,8 @@ their input first need no cases of their own.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +124,45 @@ def product_of(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Produ
     except _Intercepted as found:
         return found.args[0]
     raise NotImplementedError("it is no linear layer or convolution")
+
+
+@contextmanager
+def watching_products(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Product], None]
+) -> Iterator[None]:
+    """Call `see` with each weight's name and product whenever its layer runs.
+
+    Layers whose product is not found (`product_of`) are passed over.
+
+    Args:
+        model: owner of the weights.
+        names: of the weights.
+        see: what is called.
+    """
+    modules = dict(model.named_modules())
+
+    def hook(name: str):
+        def found(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            try:
+                product = product_of(name, module, args, kwargs)
+            except NotImplementedError:
+                return
+            see(name, product)
+
+        return found
+
+    hooks = []
+    for name in names:
+        owner = name.rpartition(".")[0]
+        parent = modules[owner.rpartition(".")[0]]
+        # The output projection of an attention is no call of its own.
+        layer = parent if isinstance(parent, nn.MultiheadAttention) else modules[owner]
+        hooks.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def output_columns(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jlcm.config import Invalid
 from jlcm.learning.calibration import Calibration
+from jlcm.learning.decoder import calibrate
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.grid import Grid
 from jlcm.methods.network import Network
@@ -201,7 +202,7 @@ def calibration_of(
     Raises:
         ValueError: calibration set empty or too small, or not finite.
     """
-    return Calibration(
+    return calibrate(
         packed,
         reference,
         network.calibration,
