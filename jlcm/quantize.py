@@ -20,11 +20,14 @@ from jlcm.compress import (
 from jlcm.config import FIRST_LAST, Invalid, check_alpha, check_choice
 from jlcm.encode import encode_int8, relative_error
 from jlcm.fold import fold_batch_norms, norms_after_layers
+from jlcm.layers import is_static_norm
 from jlcm.learning.report import OnResult, ignore
 from jlcm.methods.adaround import AdaRound, adaround, nearest
+from jlcm.methods.awq import AWQ, awq
 from jlcm.methods.brecq import Brecq, brecq
 from jlcm.methods.dfq import DFQ, dfq
 from jlcm.methods.dkm import DKM, dkm, one_codebook
+from jlcm.methods.llm_int8 import LLMInt8, llm_int8
 from jlcm.methods.lnq import LNQ, kmeans_codebooks, lnq
 from jlcm.methods.network import Network
 from jlcm.methods.nupes import Nupes, nupes, power_grid
@@ -78,7 +81,9 @@ METHODS: dict[str, Method] = {
     "lnq": Method(LNQ, kmeans_codebooks, lnq, folds=False),
     "dkm": Method(DKM, one_codebook, dkm, folds=False),
     "optq": Method(OPTQ, nearest_in_groups, optq),
+    "awq": Method(AWQ, awq, observes=True),
     "squeezellm": Method(SqueezeLLM, squeezellm, folds=False, observes=True),
+    "llm_int8": Method(LLMInt8, llm_int8),
 }
 
 
@@ -102,8 +107,9 @@ def quantize(
 
     Args:
         model: any network; it is quantised for inference.
-        method: "rtn", "dfq", "squant", "powerquant", "redpp", "rex" (without data), "adaround",
-            "brecq", "nupes", "lnq", "dkm", "optq" or "squeezellm" (with calibration inputs).
+        method: "rtn", "dfq", "squant", "powerquant", "redpp", "rex", "llm_int8" (without data),
+            "adaround", "brecq", "nupes", "lnq", "dkm", "optq", "awq" or "squeezellm" (with
+            calibration inputs).
         alpha: goal, fp16 bytes of the weights over their packed bytes. Methods of fixed width take
             floor(16 / alpha) bits, so that only their nominal alpha reaches it; scales and zero
             points come on top and are counted.
@@ -188,7 +194,8 @@ def _fold(network: Network) -> set[str]:
     try:
         pairs = norms_after_layers(network.model)
     except ValueError as error:
-        network.notes.append(f"batch norms are not folded: {error}")
+        if any(is_static_norm(module) for module in modules.values()):
+            network.notes.append(f"batch norms are not folded: {error}")
         return set()
     for norm, layer in pairs.items():
         module = modules[norm]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import build
+from test_scalings import llama, tokens
 from torch import Tensor, nn
 
 import jlcm
@@ -235,15 +236,8 @@ def test_groups_of_rounding_to_nearest():
 
 
 def test_decoders_are_rounded_layer_by_layer():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    tokens = torch.randint(64, (32, 24), generator=torch.Generator().manual_seed(0))
-    packed = quantize(model, tokens, group=16)
+    model, x = llama(2), tokens(32, 24)
+    packed = quantize(model, x, group=16)
     assert len(packed.learning) == 15
     assert all(result.kept == "learned" for result in packed.learning)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import build
+from test_scalings import llama, tokens
 from torch import Tensor, nn
 
 import jlcm
@@ -151,19 +152,12 @@ def test_outputs_that_are_no_logits_are_refused():
 
 
 def test_decoders_return_logits():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    tokens = torch.randint(64, (32, 24), generator=torch.Generator().manual_seed(0))
-    packed = jlcm.quantize(model, "squeezellm", bits=4, calibration=tokens, progress=False)
+    model, x = llama(2), tokens(32, 24)
+    packed = jlcm.quantize(model, "squeezellm", bits=4, calibration=x, progress=False)
     assert len(weights_of(packed)) == 15
     with torch.no_grad():
         plain = jlcm.quantize(model, "rtn", bits=4, progress=False)
-        errors = [float((m(tokens).logits - model(tokens).logits).norm()) for m in (packed, plain)]
+        errors = [float((m(x).logits - model(x).logits).norm()) for m in (packed, plain)]
     assert errors[0] < errors[1]
 
 
