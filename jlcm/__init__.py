@@ -25,6 +25,9 @@ from jlcm.learning.distill import Distill  # noqa: E402
 from jlcm.learning.options import Learn  # noqa: E402
 from jlcm.quantize import quantize  # noqa: E402
 from jlcm.select import linear_and_convolution, with_embeddings  # noqa: E402
+from jlcm.transformers_compat import register_when_imported  # noqa: E402
+
+register_when_imported()
 
 __all__ = [
     "ActivationFootprint",

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +13,30 @@ from torch import Tensor, nn
 
 #: Packages whose functions a packed file may call, directly or through the package above. A file
 #: from elsewhere must not run arbitrary code: `jlcm.load` refuses every other builder.
-TRUSTED_PACKAGES = ("torchvision.models", "timm.models")
+TRUSTED_PACKAGES = ("torchvision.models", "timm.models", "transformers.models")
+#: Keys of a configuration that name code outside transformers, or say what wrote which weights.
+_LEFT_OUT = (
+    "architectures",
+    "auto_map",
+    "quantization_config",
+    "transformers_version",
+    "transformers_weights",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A function that builds the network, with its arguments.
+    """A function or class that builds the network, with its arguments.
 
     Attributes:
-        builder: "module:function", for instance "torchvision.models:resnet18".
-        arguments: keyword arguments of the function, JSON types only.
+        builder: "module:function", for instance "torchvision.models:resnet18", or one of
+            transformers' model classes or auto classes, "transformers:LlamaForCausalLM".
+        arguments: keyword arguments of the function, JSON types only; for transformers
+            {"config": ...}, what the configuration's `to_dict` returns.
 
     Raises:
-        ValueError: for a builder outside torchvision and timm, or arguments of other types.
+        ValueError: for a builder outside torchvision, timm and transformers, or arguments of other
+            types.
     """
 
     builder: str
@@ -47,6 +61,22 @@ class Architecture:
         if not same:
             raise ValueError(f"architecture arguments {self.arguments} are not plain JSON types")
 
+    @classmethod
+    def of_transformers(cls, model: nn.Module) -> "Architecture":
+        """How to build a model of transformers again.
+
+        `jlcm.save` does this itself; nothing of the configuration's origin is kept.
+
+        Raises:
+            ValueError: if the class is not one of transformers' own.
+        """
+        kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("jlcm."))
+        exported = hasattr(importlib.import_module("transformers"), kind.__name__)
+        if not (exported and kind.__module__.startswith("transformers.models.")):
+            raise ValueError(f"{kind.__name__} is not a model class of transformers itself")
+        config = json.loads(json.dumps(_plain_config(model.config.to_dict()), sort_keys=True))
+        return cls(builder=f"transformers:{kind.__name__}", arguments={"config": config})
+
     def build(self, device: str = "meta") -> nn.Module:
         """Build the network in evaluation mode.
 
@@ -58,22 +88,78 @@ class Architecture:
             The network; its parameters hold no trained values.
 
         Raises:
-            ValueError: the builder is no function of its package.
+            ValueError: the builder is no function of its package, or the arguments do not fit.
         """
-        module, _, function = self.builder.partition(":")
-        build = getattr(importlib.import_module(module), function)
-        # Trusted packages import functions from elsewhere, which are reachable through them.
-        if not callable(build) or not _trusted(getattr(build, "__module__", None) or ""):
-            raise ValueError(f"architecture builder {self.builder!r} is no function of its package")
+        build = self._builder()
         try:
             with torch.device(device):
-                model = build(**self.arguments).eval()
+                model = build().eval()
             if device != "meta" or not unregistered_meta(model):
                 return model
         except (NotImplementedError, RuntimeError):
             if device != "meta":
                 raise
-        return build(**self.arguments).eval()
+        return build().eval()
+
+    def _builder(self) -> Callable[[], nn.Module]:
+        module, _, function = self.builder.partition(":")
+        build = getattr(importlib.import_module(module), function)
+        # Trusted packages import functions from elsewhere, which are reachable through them.
+        if not callable(build) or not _trusted(getattr(build, "__module__", None) or ""):
+            raise ValueError(f"architecture builder {self.builder!r} is no function of its package")
+        if module.partition(".")[0] == "transformers":
+            return _from_config(build, **self.arguments)
+        return partial(build, **self.arguments)
+
+    def model_class(self) -> type[nn.Module]:
+        """The class of transformers that the builder names.
+
+        Raises:
+            ValueError: if it names none.
+        """
+        import transformers
+
+        kind = getattr(transformers, self.builder.partition(":")[2], None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ValueError(f"{self.builder!r} is no model class of transformers")
+        return kind
+
+
+def _from_config(kind: type, config: dict[str, Any]) -> Callable[[], nn.Module]:
+    """A call that builds a model of transformers from the plain form of its configuration."""
+    from transformers import CONFIG_MAPPING, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    config = _plain_config(config)
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        config_class, build = kind.config_class, kind._from_config
+    elif isinstance(kind, type) and issubclass(kind, _BaseAutoModelClass):
+        config_class = CONFIG_MAPPING[config["model_type"]]
+        build = partial(kind.from_config, trust_remote_code=False)
+    else:
+        raise ValueError(f"{kind.__name__} is no model class of transformers")
+    if not _trusted(config_class.__module__):
+        raise ValueError(f"{config_class.__name__} is no configuration of transformers itself")
+    return lambda: build(config_class.from_dict(config))
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what is private, or could name code that is not transformers' own.
+
+    Attention and experts may be implemented by kernels that are fetched; the usual ones are chosen
+    in their place.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return _plain_config(value) if isinstance(value, dict) else value
+
+    return {
+        key: plain(value)
+        for key, value in config.items()
+        if not (key in _LEFT_OUT or re.match(r"_|.*_implementation$", str(key)))
+    }
 
 
 def _trusted(module: str) -> bool:

@@ -1,17 +1,15 @@
 """One safetensors file per compressed network (`docs/format.md` describes it byte by byte)."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,23 +19,20 @@ from jlcm.expanded import ExpandedWeight
 from jlcm.files import replacing
 from jlcm.layers import (
     STORE,
+    WHEN_PACKED,
     Constant,
     HalfTensor,
     Stored,
     is_static_norm,
+    linearise,
     store,
     store_norm,
     stored_tensors,
     unclip,
 )
 from jlcm.packed import PackedWeight, StoredWeight
+from jlcm.reading import FORMAT_VERSION, CheckpointError, digest, read_config, read_tensors
 from jlcm.uniform import UniformWeight
-
-FORMAT_VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A packed file cannot be read: it names the file, the cause and the way out."""
 
 
 def save(
@@ -49,7 +44,8 @@ def save(
         model: returned by `jlcm.compress`, `jlcm.quantize` or `jlcm.load`.
         path: usually *.safetensors; its folder is made if needed.
         architecture: how `jlcm.load` rebuilds the network; by default the one that the model was
-            loaded with. Without any, `jlcm.load` must be given a network of the same architecture.
+            loaded with, or a transformers model's own. Without any, `jlcm.load` must be given a
+            network of the same architecture.
 
     Returns:
         The path.
@@ -61,7 +57,12 @@ def save(
     path = Path(path)
     if not isinstance(getattr(model, "compression", None), Compression):
         raise ValueError("only a model that jlcm.compress returned can be saved")
-    tensors, metadata = _serialise(model, architecture or getattr(model, "architecture", None))
+    architecture = architecture or getattr(model, "architecture", None)
+    tensors, header = describe(model)
+    header["architecture"] = None if architecture is None else asdict(architecture)
+    header["blake2b"] = digest(header, tensors)
+    # One entry, because safetensors writes several in a random order.
+    metadata = {"jlcm": json.dumps(header, separators=(",", ":"))}
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     needed += sum(len(text) for text in metadata.values()) + 2**16
@@ -89,12 +90,14 @@ def load(
     The file is mapped, not read: on the CPU the codes stay in the page cache until they are used.
 
     Args:
-        path: written by `jlcm.save`.
+        path: written by `jlcm.save`, or a folder written by `save_pretrained` of a packed
+            transformers model, which its `from_pretrained` then loads.
         model: a network of the same architecture (any weights, meta device welcome), used up;
             needed only if the file names no architecture.
         device: where the network runs.
-        dtype: floating dtype of the computation; None for that of the saved network.
-        verify: check the file's blake2b, which reads it once.
+        dtype: floating dtype of the computation; None for that of the saved network. In models of
+            transformers buffers keep theirs, as in its `from_pretrained`.
+        verify: check the file's blake2b, which reads it once; a folder's always is.
 
     Returns:
         The network, packed, in evaluation mode.
@@ -103,93 +106,70 @@ def load(
         CheckpointError: file missing, truncated, tampered with, of another format version, or not
             fitting the architecture.
     """
+    if Path(path).is_dir():
+        return _load_folder(path, model, device, dtype)
     header, tensors = read_tensors(path, verify=verify)
     if model is None:
-        model = _build(path, header["architecture"])
-        model.architecture = Architecture(**header["architecture"])
+        architecture = _architecture(path, header["architecture"])
+        model = _build(path, architecture)
+        model.architecture = architecture
     try:
-        _fill(model, header, tensors)
+        fill(model, header, tensors)
+        check_filled(model)
         model.compression = Compression(**header["compression"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
     model = model.eval().to(device)
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else getattr(model, "compute_in", model.to)(dtype)
 
 
-def read_tensors(
-    path: str | os.PathLike, *, verify: bool = True
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and tensors of a packed file, by their names in it, without building the network.
-
-    Raises:
-        CheckpointError: as `load`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _read_header(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or not a packed file ({error})") from error
-    digest = header.pop("blake2b", None)
-    if verify and _digest(header, tensors) != digest:
-        raise CheckpointError(
-            f"{path}: its content does not match its blake2b, the file is damaged or was changed; "
-            "fetch or write it again"
-        )
-    return header, tensors
+def _load_folder(
+    path: str | os.PathLike,
+    model: nn.Module | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """What `from_pretrained` makes of a folder; it calls back into jlcm."""
+    if model is not None:
+        raise CheckpointError(f"{path}: a folder says what to build, load it without model=")
+    kind = _architecture(path, read_config(path)[1]).model_class()
+    return kind.from_pretrained(path, dtype="auto" if dtype is None else dtype).to(device)
 
 
-def _build(path: str | os.PathLike, architecture: dict[str, Any] | None) -> nn.Module:
-    if architecture is None:
+def _architecture(path: str | os.PathLike, described: dict[str, Any] | None) -> Architecture:
+    if described is None:
         raise CheckpointError(f"{path}: names no architecture, pass jlcm.load(path, model=...)")
     try:
-        return Architecture(**architecture).build()
+        return Architecture(**described)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot build its architecture: {error}") from error
+
+
+def _build(path: str | os.PathLike, architecture: Architecture) -> nn.Module:
+    try:
+        return architecture.build()
     except Exception as error:  # whatever the builder raises for its arguments
         raise CheckpointError(f"{path}: cannot build its architecture: {error}") from error
 
 
-def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON description in a packed file (format version, architecture, tensors, ...).
+def describe(
+    model: nn.Module, *, derived_buffers: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a packed file says of a compressed model, without architecture and checksum.
 
-    Raises:
-        CheckpointError: as `load`.
+    Args:
+        model: compressed.
+        derived_buffers: with the buffers that a state dict leaves out (`persistent=False`).
+
+    Returns:
+        The tensors by name, on the CPU, and the description (`docs/format.md`).
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _read_header(Path(path), file.metadata())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a packed file ({error})") from error
-
-
-def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    if not metadata or "jlcm" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not one that jlcm.save wrote")
-    try:
-        header = json.loads(metadata["jlcm"])
-        version = header["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its description cannot be read ({error})") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: has format version {version}, this jlcm reads version {FORMAT_VERSION}; "
-            "install the jlcm that wrote it, or write it again"
-        )
-    return header
-
-
-def _serialise(
-    model: nn.Module, architecture: Architecture | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and the metadata of the safetensors file."""
     tensors: dict[str, Tensor] = {}
     descriptions: dict[str, Any] = {}
     first_name: dict[int, str] = {}
     dtypes: dict[str, str] = {}
     folded: list[str] = []  # batch norms that apply nothing any more
-    for name, stored in [*stored_tensors(model), *_plain_buffers(model)]:
+    for name, stored in [*stored_tensors(model), *plain_buffers(model, derived_buffers)]:
         if id(stored) in first_name:
             descriptions[name] = {"same_as": first_name[id(stored)]}
             continue
@@ -212,39 +192,37 @@ def _serialise(
             descriptions.setdefault(name, {})["dtype"] = dtype
     header = {
         "format_version": FORMAT_VERSION,
-        "architecture": None if architecture is None else asdict(architecture),
         "dtype": usual,
         "compression": asdict(model.compression),
         "tensors": descriptions,
         "folded": folded,
     }
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    header["blake2b"] = _digest(header, tensors)
-    # One entry, because safetensors writes several in a random order.
-    return tensors, {"jlcm": json.dumps(header, separators=(",", ":"))}
+    return {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, header
 
 
-def _plain_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Buffers of the original layers, those that state_dict leaves out too."""
+def plain_buffers(model: nn.Module, derived: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of the original layers, with those that a state dict leaves out if `derived`."""
     stores = {id(part) for _, stored in stored_tensors(model) for part in stored.modules()}
     for name, module in model.named_modules():
         if id(module) not in stores:
             for buffer_name, buffer in module.named_buffers(recurse=False):
-                yield (f"{name}.{buffer_name}" if name else buffer_name), buffer
+                if derived or buffer_name not in module._non_persistent_buffers_set:
+                    yield (f"{name}.{buffer_name}" if name else buffer_name), buffer
 
 
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=32)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Replace the tensors of a freshly built network by what the file holds.
 
+    Args:
+        model: with tensors of any content, on any device; what the file lacks stays as it is.
+        header: description of the file.
+        tensors: of the file, by name; on the meta device they get their content later.
 
-def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Replace the tensors of a freshly built network by what the file holds."""
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: if the file does not fit the network.
+    """
     unclip(model, header["compression"].get("relu", []))
+    linearise(model, header["compression"].get("linear", []))
     stored: dict[str, Stored] = dict(packed_weights(header, tensors))
     modules = dict(model.named_modules())
     parts = {f"{n}.{part}" for n, held in stored.items() for part, _ in held.named_buffers()}
@@ -283,10 +261,17 @@ def _fill(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) 
                 store_norm(module, vectors, dtype=mine["weight"].dtype)
         elif mine:
             store(module, mine)
+    for adapt in WHEN_PACKED:
+        adapt(model)
+
+
+def check_filled(model: nn.Module) -> None:
+    """Raise KeyError if a network has tensors that are not the file's."""
     # Every parameter is stored by now; a buffer is real unless the file lacks it.
     missing = [n for n, _ in model.named_parameters()]
     missing += [n for n, b in model.named_buffers() if b.is_meta]
-    missing += [n for n, m in modules.items() if is_static_norm(m) and STORE not in m._modules]
+    norms = [(n, m) for n, m in model.named_modules() if is_static_norm(m)]
+    missing += [n for n, m in norms if STORE not in m._modules]
     missing += unregistered_meta(model)
     if missing:
         raise KeyError(f"the file has no values for {', '.join(missing[:5])}")

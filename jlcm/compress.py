@@ -16,10 +16,12 @@ from jlcm.decoder import decoder_groups, decoder_layers
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms, norms_after_layers
 from jlcm.layers import (
+    WHEN_PACKED,
     HalfTensor,
     Stored,
     affine_of,
     is_static_norm,
+    linearise,
     store,
     store_norm,
     stored_tensors,
@@ -48,6 +50,7 @@ class Compression:
         options: init, encoding, reorder, allocation, outliers and seed, or the compared method's.
         notes: what was done otherwise than asked, one sentence each.
         relu: names of ReLU6 modules of the original that are plain ReLU in the compressed model.
+        linear: names of transformers' Conv1D modules of the original that are Linear in it.
     """
 
     alpha: float
@@ -55,6 +58,7 @@ class Compression:
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     relu: list[str] = field(default_factory=list)
+    linear: list[str] = field(default_factory=list)
 
 
 def compress(
@@ -159,8 +163,9 @@ def compress(
             "calibration="
         )
     check_model(model)
-    select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
+    linear = linearise(model)
+    select(model, filter_fn)
     summary = Compression(
         alpha=alpha,
         reference_bytes=reference_bytes(model),
@@ -172,6 +177,7 @@ def compress(
             "outliers": outliers,
             "seed": seed,
         },
+        linear=linear,
     )
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
     weights = select(model, filter_fn)
@@ -271,6 +277,9 @@ def check_model(model: nn.Module) -> None:
     """Refuse a network that is compressed already, or whose tensors are not finite."""
     if hasattr(model, "compression") or next(stored_tensors(model), None):
         raise ValueError("the model is already compressed: start from the original network")
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise ValueError(f"the model is already quantised ({method}): start from the original")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} has no values (it is on the meta device)")
@@ -362,3 +371,5 @@ def pack_model(model: nn.Module, packed: dict[int, Stored], folded: set[str]) ->
             stored[tensor_name] = halves[id(parameter)]
         if stored:
             store(module, stored)
+    for adapt in WHEN_PACKED:
+        adapt(model)

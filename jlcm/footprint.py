@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from jlcm.checkpoint import CheckpointError, packed_weights, read_tensors
+from jlcm.checkpoint import packed_weights
 from jlcm.compress import Compression
 from jlcm.layers import stored_tensors
 from jlcm.packed import StoredWeight, nbytes
+from jlcm.reading import CheckpointError, packed_files, read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class Footprint:
         other: bytes of everything else that is stored (biases, norms, embeddings, buffers).
         payload: all of these, which is also what the loaded network holds in memory.
         header: bytes of the file beside the payload (names, description), 0 without a file.
-        file_bytes: size of the file, None without a file.
+        file_bytes: size of the file, None without a file; of a folder written by
+            `save_pretrained`, config.json and the files of the weights.
         reference_layers: fp16 bytes of the compressed tensors.
         reference_total: fp16 bytes of the original model, parameters and floating buffers.
         alpha_layers: reference_layers over codes + codebooks + scales + orders + outliers.
@@ -87,7 +89,7 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
 
     Args:
         model: returned by `jlcm.compress`, `jlcm.quantize` or `jlcm.load`, or the path of a packed
-            file.
+            file or folder.
 
     Returns:
         Bytes by what they hold, ratios, and an entry for each compressed tensor.
@@ -108,7 +110,7 @@ def footprint(model: nn.Module | str | os.PathLike) -> Footprint:
             reference_total = header["compression"]["reference_bytes"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{model}: is damaged: {error}") from error
-        file_bytes = os.path.getsize(model)
+        file_bytes = sum(os.path.getsize(file) for file in packed_files(model))
         payload = sum(nbytes(t) for t in tensors.values())
     parts = dict.fromkeys(("codes", "codebooks", "scales", "orders", "outliers"), 0)
     layers: dict[int, LayerFootprint] = {}

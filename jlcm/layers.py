@@ -6,7 +6,8 @@ ends. That serves every layer type alike (Linear, convolutions, MultiheadAttenti
 transformers' subclasses), and never more than one layer's weights exist at a time.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -17,6 +18,8 @@ from jlcm.packed import StoredWeight, apply_to_bytes
 
 #: Name of the submodule that holds a module's stored tensors.
 STORE = "packed"
+#: Called with each network as soon as its layers are packed; `jlcm.huggingface` adds one.
+WHEN_PACKED: list[Callable[[nn.Module], None]] = []
 
 
 class HalfTensor(nn.Module):
@@ -213,3 +216,39 @@ def unclip(model: nn.Module, names: list[str]) -> None:
         if not isinstance(module, nn.ReLU6 | nn.ReLU):
             raise ValueError(f"{name} is no ReLU6 but {type(module).__name__}")
         model.set_submodule(name, nn.ReLU(inplace=module.inplace))
+
+
+def linearise(model: nn.Module, names: list[str] | None = None) -> list[str]:
+    """Replace transformers' `Conv1D` (GPT-2's layer, a transposed weight) by `nn.Linear`, in place.
+
+    Rows of a weight are output neurons everywhere else.
+
+    Args:
+        model: owner of the layers; the function that it computes stays the same.
+        names: of the layers, those that are Linear already stay so; None for all.
+
+    Returns:
+        Names of the layers that were replaced.
+
+    Raises:
+        AttributeError: if the model has no such module.
+        ValueError: if a module is another one.
+    """
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if names is None:
+        names = [name for name, module in modules.items() if isinstance(module, kind)]
+    replaced: dict[int, nn.Linear] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            continue
+        if not isinstance(module, kind):
+            raise ValueError(f"{name} is no Conv1D but {type(module).__name__}")
+        if id(module) not in replaced:
+            linear = nn.Linear(module.nx, module.nf, device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            linear.bias = module.bias
+            replaced[id(module)] = linear.train(module.training)
+        model.set_submodule(name, replaced[id(module)])
+    return names

@@ -88,6 +88,10 @@ class StoredWeight(nn.Module):
         """Number of output neurons."""
         return self.shape[0]
 
+    def check(self) -> None:
+        """Raise ValueError if its parts do not fit together; on the meta device by sizes alone."""
+        raise NotImplementedError
+
     def describe(self) -> dict[str, Any]:
         """What the file says about it beside its buffers."""
         described: dict[str, Any] = {"shape": self.shape, "bits": self.bits}
@@ -149,7 +153,7 @@ class PackedWeight(StoredWeight):
         self.register_buffer("codebooks", codebooks)
         self.register_buffer("scales", scales)
         self.register_buffer("order", order)
-        self._check()
+        self.check()
 
     @classmethod
     def encode(
@@ -262,7 +266,8 @@ class PackedWeight(StoredWeight):
             f"scales={scales}, stored_order={self.order is not None}"
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if its parts do not fit together."""
         if self.codes is None or self.codebooks is None or self.codebooks.dim() != 2:
             raise ValueError("a packed weight needs codes and (groups, codewords) codebooks")
         groups, codewords = self.codebooks.shape

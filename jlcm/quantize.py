@@ -20,7 +20,7 @@ from jlcm.compress import (
 from jlcm.config import FIRST_LAST, Invalid, check_alpha, check_choice
 from jlcm.encode import encode_int8, relative_error
 from jlcm.fold import fold_batch_norms, norms_after_layers
-from jlcm.layers import is_static_norm
+from jlcm.layers import is_static_norm, linearise
 from jlcm.learning.report import OnResult, ignore
 from jlcm.methods.adaround import AdaRound, adaround, nearest
 from jlcm.methods.awq import AWQ, awq
@@ -147,8 +147,9 @@ def quantize(
     if chosen.needs_inputs and calibration is None:
         raise Invalid(f"method={method} needs calibration inputs: pass calibration=")
     check_model(model)
-    select(model, filter_fn)
     model = (model if inplace else copy.deepcopy(model)).eval()
+    linear = linearise(model)
+    select(model, filter_fn)
     network = Network(
         model,
         {},
@@ -166,6 +167,7 @@ def quantize(
         options={"method": method, **asdict(options), "first_last": first_last, "seed": seed},
         notes=network.notes,
         relu=network.relu,
+        linear=linear,
     )
     folded = _fold(network) if chosen.folds else set()
     weights = select(model, filter_fn)

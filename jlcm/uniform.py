@@ -49,7 +49,7 @@ class UniformWeight(StoredWeight):
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("power", power)
-        self._check()
+        self.check()
 
     @classmethod
     def encode(
@@ -134,7 +134,8 @@ class UniformWeight(StoredWeight):
         # The last group of a row is shorter than the others.
         return values.view(self.rows, -1).repeat_interleave(self.group, 1)[:, :columns]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if its parts do not fit together."""
         if self.codes is None or self.scales is None or self.scales.dim() != 1:
             raise ValueError("a uniform weight needs codes and scales")
         expected = packed_bytes(self.count, self.bits)
@@ -149,7 +150,8 @@ class UniformWeight(StoredWeight):
             raise ValueError(f"zero points have {self.zeros.numel()} bytes, {zeros} expected")
         if self.power is not None and self.power.numel() != 1:
             raise ValueError(f"{self.power.numel()} powers for one grid")
-        if self.power is not None and not 0 < self.power.item() < float("inf"):
+        has_value = self.power is not None and not self.power.is_meta
+        if has_value and not 0 < self.power.item() < float("inf"):
             raise ValueError(f"a power of {self.power.item()}")
 
     def _check_groups(self) -> None:

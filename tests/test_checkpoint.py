@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cnn, Vit, build, small
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import jlcm
-from jlcm import checkpoint
 from jlcm.architecture import Architecture
-from jlcm.checkpoint import CheckpointError, read_tensors
 from jlcm.layers import HalfTensor, stored_tensors
+from jlcm.reading import CheckpointError, read_tensors
 
 RANDOM = {"init": "random", "progress": False}
 
@@ -265,7 +264,7 @@ def test_write_that_stops_half_way(packed, path, monkeypatch):
 
     def half(tensors, name, metadata):
         Path(name).write_bytes(b"half")
-        raise checkpoint.SafetensorError("I/O error: no space left on device")
+        raise SafetensorError("I/O error: no space left on device")
 
     monkeypatch.setattr("jlcm.checkpoint.save_file", half)
     with pytest.raises(OSError, match="cannot write .* no space left"):

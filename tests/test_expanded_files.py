@@ -11,12 +11,12 @@ from test_footprint import header_bytes, tensor_bytes
 from torch import Tensor
 
 import jlcm
-from jlcm.checkpoint import CheckpointError
 from jlcm.expanded import ExpandedWeight, expand
 from jlcm.layers import stored_tensors
 from jlcm.methods.rex import REx
 from jlcm.packed import StoredWeight
 from jlcm.packing import pack_integers
+from jlcm.reading import CheckpointError
 from jlcm.uniform import UniformWeight
 
 

@@ -21,8 +21,9 @@ from experiments.figures.layers import (
     plot_reorder,
 )
 from experiments.runs import read_runs
-from jlcm.checkpoint import packed_weights, read_tensors
+from jlcm.checkpoint import packed_weights
 from jlcm.packed import PackedWeight, group_sizes
+from jlcm.reading import read_tensors
 from jlcm.uniform import UniformWeight
 
 INPUTS = torch.randn(64, 24, generator=torch.Generator().manual_seed(2))

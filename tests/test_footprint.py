@@ -11,7 +11,7 @@ from conftest import Cnn, build
 
 import jlcm
 from jlcm.architecture import Architecture
-from jlcm.checkpoint import CheckpointError
+from jlcm.reading import CheckpointError
 
 RANDOM = {"init": "random", "progress": False}
 

@@ -19,8 +19,9 @@ from experiments.figures.runs import plot_cost, plot_init, plot_pareto
 from experiments.figures.style import METHODS, look, title
 from experiments.records import PACKED_FILE, read_record
 from experiments.runs import default_options, one_of_each_seed
-from jlcm.checkpoint import packed_weights, read_tensors
+from jlcm.checkpoint import packed_weights
 from jlcm.packed import StoredWeight
+from jlcm.reading import read_tensors
 
 Record = dict[str, Any]
 #: A figure, and what it was drawn from.
