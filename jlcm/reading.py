@@ -91,8 +91,12 @@ def packed_files(path: str | os.PathLike) -> list[Path]:
     files = [path / name for name in (_CONFIG, *names)]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{path}: lacks {file.name}; fetch or write it again")
+            raise _lacks(file)
     return [*files, index] if len(files) > 2 else files
+
+
+def _lacks(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file.parent}: lacks {file.name}; fetch or write it again")
 
 
 def read_shards(files: Iterable[str | os.PathLike], header: dict[str, Any]) -> dict[str, Tensor]:
@@ -113,6 +117,8 @@ def read_shards(files: Iterable[str | os.PathLike], header: dict[str, Any]) -> d
     for path in files:
         if not str(path).endswith(".safetensors"):
             continue
+        if not Path(path).is_file():
+            raise _lacks(Path(path))
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118

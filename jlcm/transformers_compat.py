@@ -4,7 +4,7 @@ Importing transformers' models takes longer than all of jlcm, and most have no u
 waits until somebody does. A version that is too old goes on without packed models.
 """
 
-import importlib
+import importlib.metadata
 import re
 import sys
 import warnings
@@ -15,7 +15,7 @@ from jlcm.imports import when_imported
 from jlcm.layers import WHEN_PACKED
 
 #: First version that packed models are tested with.
-OLDEST = (5, 23)
+OLDEST = (5, 18)
 _MODELS = "transformers.modeling_utils"
 
 
@@ -26,7 +26,7 @@ def register_when_imported() -> None:
 
 def register() -> None:
     """Import `jlcm.huggingface`, which registers; with an old transformers only warn."""
-    installed = sys.modules["transformers"].__version__
+    installed = importlib.metadata.version("transformers")
     if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) >= OLDEST:
         importlib.import_module("jlcm.huggingface")
         return

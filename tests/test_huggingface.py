@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -366,22 +368,31 @@ def test_generation_config_is_saved(tmp_path):
 def test_layers_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     packed(llama(), filter_fn=jlcm.with_embeddings).save_pretrained(tmp_path)
     again = reload(tmp_path)
-    alive: dict[int, int] = {}
+    watched: list[weakref.ref] = []
     most, decode = 0, StoredWeight.__call__
 
-    def counted(stored):
+    def watch(stored):
         nonlocal most
         weight = decode(stored)
-        alive[id(stored)] = weight.untyped_storage()._cdata
-        watched.append(torch.UntypedStorage._weak_ref(weight.untyped_storage()))
-        living = [w for w in watched if not torch.UntypedStorage._expired(w)]
-        most = max(most, len(living))
+        watched.append(weakref.ref(weight))
+        most = max(most, sum(weight() is not None for weight in watched))
         return weight
 
-    watched: list = []
-    monkeypatch.setattr(StoredWeight, "__call__", counted)
+    monkeypatch.setattr(StoredWeight, "__call__", watch)
     logits(again)
     assert len(watched) == 2 * 7 + 2 and most == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident set sizes of Linux")
+def test_resident_memory_is_the_payload(tmp_path):
+    sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536}
+    model = llama(**sizes, num_hidden_layers=8, tie_word_embeddings=True)
+    model = packed(model, filter_fn=jlcm.with_embeddings)
+    model.save_pretrained(tmp_path / "folder")
+    for path in (jlcm.save(model, tmp_path / "model.safetensors"), tmp_path / "folder"):
+        payload = jlcm.footprint(path).payload
+        assert payload <= jlcm.resident_bytes(path) <= 1.1 * payload
 
 
 # GPT-2's layers ----------------------------------------------------------------------------------

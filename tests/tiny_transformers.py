@@ -12,8 +12,8 @@ SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
 def llama(**options) -> nn.Module:
     """Grouped queries, gated MLP, RMS norms, rotary positions."""
     config = transformers.LlamaConfig(
-        **SMALL,
         **{
+            **SMALL,
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
