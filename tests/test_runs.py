@@ -15,7 +15,9 @@ from experiments.runs import (
 )
 
 METHODS = sorted(
-    path.stem for path in (CONF / "method").glob("*.yaml") if not path.stem.endswith("_short")
+    path.stem
+    for path in (CONF / "method").glob("*.yaml")
+    if not path.stem.endswith(("_short", "_rex"))
 )
 #: Overrides, the name of the method, and the options that are not at their defaults.
 CASES = [
@@ -25,6 +27,7 @@ CASES = [
     (("learn=lnq",), "jlcm", {"learn.allocation": "uniform", "learn.distill.epochs": None}),
     (("learn.distill.epochs=4",), "jlcm", {"learn.distill.epochs": 4}),
     (("method=jlcm_init", "init=kmeans"), "jlcm_init", {"init.method": "kmeans"}),
+    (("method=jlcm_rex",), "jlcm", {"rex.outliers": "auto"}),
     (("method=rtn", "init=kmeans", "learn=none"), "rtn", {}),
     (
         ("method=brecq", "method.bits=4", "encoding.first_last=int8"),
