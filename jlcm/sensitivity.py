@@ -5,7 +5,7 @@ error of the weights weighted by the Fisher information, whose diagonal is estim
 unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same quantity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from jlcm.select import as_matrix
 MOST_INPUTS = 256
 #: Inputs of a step. Few, because the square of a sum over many inputs varies more.
 STEP = 4
+#: Weights of a network whose sums are kept in float64.
+FLOAT64_LIMIT = 10**9
 #: Weights of a tensor that are clustered to estimate its error.
 MOST_WEIGHTS = 2**16
 #: Widths of a code that are clustered; each further bit quarters the error.
@@ -73,13 +75,26 @@ def fisher_information(
     device = torch.device(device)
     model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
-    sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+    # Sums for billions of weights have to fit into memory.
+    small = sum(weight.numel() for weight in weights.values()) < FLOAT64_LIMIT
+    dtype = torch.float64 if small else torch.float32
+    sums = {name: torch.zeros_like(w, dtype=dtype) for name, w in weights.items()}
+
+    def adds(total: Tensor) -> Callable[[Tensor], None]:
+        def add(weight: Tensor) -> None:
+            total.add_(weight.grad.to(dtype).square())
+            weight.grad = None  # one gradient at a time
+
+        return add
+
     bar = tqdm(steps, desc="sensitivity", unit="step", disable=not progress, leave=False)
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    hooks = []
     try:
         model.requires_grad_(False)
-        for weight in weights.values():
+        for name, weight in weights.items():
             weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(adds(sums[name])))
         for x in bar:
             with torch.enable_grad():
                 logits = logits_of(model(to_device(x, device)), "the network").float()
@@ -87,14 +102,10 @@ def fisher_information(
                     raise ValueError("outputs on the calibration inputs contain NaN or Inf")
                 shares = logits.detach().softmax(-1).flatten(0, -2).cpu()
                 labels = torch.multinomial(shares, 1, generator=generator).to(device)
-                likelihood = logits.log_softmax(-1).flatten(0, -2).gather(1, labels).sum()
-                gradients = torch.autograd.grad(
-                    likelihood, list(weights.values()), allow_unused=True
-                )
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.double().square()
+                logits.log_softmax(-1).flatten(0, -2).gather(1, labels).sum().backward()
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, value in required.items():
             parameter.requires_grad_(value)
     count = sum(map(len, steps))
