@@ -142,7 +142,7 @@ def resident_bytes(path: str | os.PathLike) -> int:
     libraries imported and the file loaded once before, so that code is not counted.
 
     Args:
-        path: of a packed file that names its architecture.
+        path: of a packed file that names its architecture, or of a folder.
 
     Returns:
         Bytes.

@@ -7,6 +7,7 @@ tensors and their description are those of `jlcm.save`; only where they lie diff
 
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from jlcm.architecture import Architecture
@@ -65,6 +67,8 @@ class JlcmQuantizer(HfQuantizer):
     """Packs an empty model before transformers loads what it stores, and checks it afterwards."""
 
     requires_calibration = True
+    #: Files that the model was loaded from, none for one that was just compressed.
+    files: Sequence[str] = ()
 
     def __init__(self, quantization_config: JlcmConfig, **kwargs: Any) -> None:
         """Take the configuration.
@@ -110,7 +114,7 @@ class JlcmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from files, not from a state dict")
-        header, self._files = self.quantization_config.description, checkpoint_files
+        header, self.files = self.quantization_config.description, checkpoint_files
         dtype = model.config.dtype  # asked for
         with torch.device("cpu"):  # the caller builds on the meta device
             tensors = read_shards(checkpoint_files, header)
@@ -156,7 +160,7 @@ class JlcmQuantizer(HfQuantizer):
 
     @property
     def _folder(self) -> Path:
-        return Path(self._files[0]).parent
+        return Path(self.files[0]).parent
 
     def _misfit(self, model: nn.Module, error: Exception) -> CheckpointError:
         saved = " or ".join(model.config.architectures or []) or "another class"
@@ -241,7 +245,9 @@ class _Packed:
 
         Raises:
             ValueError: if the model is only a part of a compressed one, or for a variant.
+            NotADirectoryError: if the folder is a file.
         """
+        folder = Path(save_directory)
         if not isinstance(getattr(self, "compression", None), Compression):
             raise ValueError(
                 f"{type(self).__name__} is a part of a packed model: save the whole, which "
@@ -249,11 +255,18 @@ class _Packed:
             )
         if kwargs.get("variant") is not None:
             raise ValueError("a packed model has no variants: save it to a folder of its own")
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file, a packed model is saved to a folder")
         # The names of the model, as its description has them, not those of other checkpoints.
         kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        super().save_pretrained(folder, is_main_process, **kwargs)
         if is_main_process:
-            write_model_card(self, Path(save_directory))
+            # With or without shards: what was saved otherwise before would be loaded in its place.
+            forms = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+            if all(form.is_file() for form in forms):
+                min(forms, key=lambda form: form.stat().st_mtime_ns).unlink()
+            loaded = bool(self.hf_quantizer.files)
+            write_model_card(self, folder, None if loaded else self.config.name_or_path)
 
 
 @cache
@@ -279,8 +292,11 @@ def adapt(model: nn.Module) -> None:
             module.__class__ = _packed_class(type(module))
             module.all_tied_weights_keys = {}  # they are tied already
     model._keys_to_ignore_on_save = None
-    model.config.dtype = model.dtype
+    parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
+    for config in (model.config, *filter(None, parts)):  # as transformers loads them
+        config.dtype = model.dtype
     model.hf_quantizer = JlcmQuantizer(JlcmConfig(format_version=FORMAT_VERSION))
+    model.is_quantized, model.quantization_method = True, METHOD
     if not hasattr(model, "architecture"):
         try:
             model.architecture = Architecture.of_transformers(model)

@@ -61,12 +61,13 @@ sizes of weights do not match.
 {notes}"""
 
 
-def write_model_card(model: nn.Module, folder: Path) -> None:
+def write_model_card(model: nn.Module, folder: Path, original: str | None) -> None:
     """Write README.md beside the files of a packed model of transformers.
 
     Args:
         model: as it was saved.
         folder: with its files. A README.md that jlcm did not write is left alone.
+        original: name or folder of the model that was compressed, if known.
 
     Raises:
         OSError: if it cannot be written.
@@ -75,13 +76,12 @@ def write_model_card(model: nn.Module, folder: Path) -> None:
     if path.is_file() and _MARK not in path.read_text(encoding="utf-8"):
         return
     with replacing(path) as temporary:
-        temporary.write_text(model_card(model, folder), encoding="utf-8")
+        temporary.write_text(model_card(model, folder, original), encoding="utf-8")
 
 
-def model_card(model: nn.Module, folder: Path) -> str:
+def model_card(model: nn.Module, folder: Path, original: str | None) -> str:
     """Text of the card: what was done, true bytes, how to load, limits."""
-    size, summary = footprint(folder), model.compression
-    base = _base_model(model.config.name_or_path)
+    size, summary, base = footprint(folder), model.compression, _base_model(original)
     files = [file.name for file in packed_files(folder)]
     if len(files) > 3:
         files[1:-1] = [f"{len(files) - 2} shards"]

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 import transformers  # noqa: E402
 from tiny_transformers import (  # noqa: E402
     bert,
+    clip,
     gpt2,
     llama,
     logits,
@@ -30,8 +31,9 @@ from tiny_transformers import (  # noqa: E402
 import jlcm  # noqa: E402
 from jlcm.architecture import Architecture  # noqa: E402
 from jlcm.layers import HalfTensor, stored_tensors  # noqa: E402
+from jlcm.methods.optq import OPTQ  # noqa: E402
 from jlcm.packed import StoredWeight  # noqa: E402
-from jlcm.reading import read_header, read_tensors  # noqa: E402
+from jlcm.reading import packed_files, read_header, read_tensors  # noqa: E402
 
 MODELS = {
     "llama": llama,
@@ -41,6 +43,7 @@ MODELS = {
     "bert": bert,
     "t5": t5,
     "resnet": resnet,
+    "clip": clip,
 }
 EMPTY = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
 
@@ -110,12 +113,16 @@ def test_reload_is_bit_exact(network, tmp_path):
         "rtn",
         "rex",
         "powerquant",
+        "optq",
     ],
     ids=str,
 )
 def test_every_kind_of_weight(method, tmp_path):
     if isinstance(method, str):
-        model = jlcm.quantize(llama(), method, progress=False)
+        options = OPTQ(group=12) if method == "optq" else None
+        model = jlcm.quantize(
+            llama(), method, options=options, calibration=tokens(16, 12), progress=False
+        )
     else:
         model = packed(llama(), **method)
     model.save_pretrained(tmp_path)
@@ -146,6 +153,19 @@ def test_shards(tmp_path):
     assert same_contents(again, model) and torch.equal(logits(again), logits(model))
     files = [p for p in tmp_path.iterdir() if p.name not in ("README.md", "generation_config.json")]
     assert jlcm.footprint(tmp_path).file_bytes == sum(path.stat().st_size for path in files)
+
+
+def test_saved_over_itself(tmp_path):
+    """Files that the model is mapped from, with and without shards; nothing old is left."""
+    model = packed(llama())
+    model.save_pretrained(tmp_path)
+    for size in ("4KB", "1GB", "1GB"):
+        again = reload(tmp_path)
+        again.save_pretrained(tmp_path, max_shard_size=size)
+        assert same_contents(again, model)
+        assert (tmp_path / "model.safetensors").exists() == (size == "1GB")
+        assert set(tmp_path.glob("*.safetensors*")) == set(packed_files(tmp_path)[1:])
+    assert same_contents(reload(tmp_path), model)
 
 
 @pytest.mark.parametrize("compressed", ["all", "without head", "with embeddings"])

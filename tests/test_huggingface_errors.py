@@ -276,6 +276,9 @@ def test_parts_and_variants_are_not_saved(model, tmp_path):
     with pytest.raises(ValueError, match="no variants"):
         model.save_pretrained(tmp_path / "variant", variant="fp16")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
 
 
 def test_new_models_of_a_packed_class_are_plain(model, tmp_path):
@@ -320,6 +323,11 @@ def test_model_card_names_the_original(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "\nbase_model: somebody/tiny-llama\nbase_model_relation: quantized\n" in card
     assert "# tiny-llama, packed by jlcm" in card and "| method | rtn |" in card
+    # A packed model is no original, wherever it was loaded from.
+    again = load(tmp_path)
+    again.config.name_or_path = "somebody/packed-llama"
+    again.save_pretrained(tmp_path)
+    assert "base_model" not in (tmp_path / "README.md").read_text()
 
 
 def test_cards_of_others_are_kept(model, tmp_path):

@@ -80,6 +80,15 @@ def resnet() -> nn.Module:
     return made(transformers.ResNetForImageClassification, config)
 
 
+def clip() -> nn.Module:
+    """A parameter of the whole model, texts and images."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text = {**sizes, **SMALL, "num_attention_heads": 4, "max_position_embeddings": 16}
+    images = {**sizes, "image_size": 32, "patch_size": 16, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=images, projection_dim=16)
+    return made(transformers.CLIPModel, config)
+
+
 def made(kind: type[nn.Module], config) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -99,9 +108,11 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     if isinstance(model, transformers.ResNetForImageClassification):
-        generator = torch.Generator().manual_seed(1)
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+        return {"pixel_values": pixels}
+    if isinstance(model, transformers.CLIPModel):
+        return {"pixel_values": pixels, "input_ids": tokens(2, 9)}
     if model.config.is_encoder_decoder:
         return {"input_ids": tokens(2, 7), "decoder_input_ids": tokens(2, 5, seed=2)}
     return {"input_ids": tokens(2, 9)}
@@ -109,4 +120,4 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(**inputs(model)).logits
+        return next(iter(model(**inputs(model)).values()))
