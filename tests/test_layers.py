@@ -99,7 +99,9 @@ def test_casts_as_the_original_class(layer, dtype):
     module, plain = stored_and_plain(make())
     module, plain = module.to(dtype), plain.to(dtype)
     inputs = [x.to(dtype) for x in inputs]
-    assert torch.equal(first(module(*inputs)), first(plain(*inputs)))
+    output, expected = first(module(*inputs)), first(plain(*inputs))
+    # Some kernels round the last bit of float64 by where in memory their inputs lie.
+    torch.testing.assert_close(output, expected, rtol=4e-15, atol=4e-15)
 
 
 @pytest.mark.parametrize("fast_path", [False, True])
