@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from experiments.config import Config
 from experiments.data.text import calibration_windows, check_text, evaluation_windows
-from experiments.evaluate.language import commonsense, perplexity_and_kl
+from experiments.evaluate.language import check_commonsense, commonsense, perplexity_and_kl
 from experiments.models.language import check_language_model, load_language_model
 from experiments.subject import original_path
 from jlcm.config import Invalid, check_choice
@@ -28,6 +28,7 @@ def check_language(config: Config) -> None:
     check_language_model(config.model)
     check_choice("model.embeddings", config.model.embeddings, EMBEDDINGS)
     check_text(config.data)
+    check_commonsense(config.data.tasks)
     if config.encoding.first_last != "same":
         raise Invalid("encoding.first_last=int8 is a convention for networks of images")
 

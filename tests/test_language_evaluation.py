@@ -1,6 +1,7 @@
 """Language models: perplexity, distance and answers against sums over the whole vocabulary."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -195,11 +196,15 @@ def test_limits_and_packed_models(rows, unplugged):
     assert commonsense(packed, tokenizer, [], limit=2, **options) == {}
 
 
-def test_unknown_tasks():
+def test_unknown_tasks(monkeypatch):
     with pytest.raises(ValueError, match="data.tasks='mmlu' is not one of boolq, piqa"):
         check_commonsense(["piqa", "mmlu"])
     with pytest.raises(ValueError, match="names a task twice"):
         check_commonsense(["piqa", "boolq", "piqa"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"needs lm-eval: pip install .*\[llm\]"):
+        check_commonsense(["piqa"])
+    check_commonsense([])  # perplexity needs none
 
 
 def test_the_hubs_tasks_are_lm_evals_own(unplugged, monkeypatch, tmp_path):

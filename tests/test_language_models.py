@@ -1,6 +1,7 @@
 """Causal language models: where they come from, what is refused, and SmolLM2's conversion."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def test_configurations_compose():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         check_language_model(LanguageModelConfig(**{"source": "hf", "name": "a/b"} | options))
+
+
+def test_missing_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"smollm2 needs gguf: pip install .*\[llm\]"):
+        check_language_model(LanguageModelConfig(source="smollm2", name="smollm2_135m"))
+    check_language_model(local("owner/model"))
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "a/b/c"])

