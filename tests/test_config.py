@@ -154,7 +154,7 @@ CONF_METHODS = [path.stem for path in (Path(__file__).parent.parent / "conf" / "
 
 
 def test_every_method_has_a_configuration():
-    names = {method.removesuffix("_short") for method in CONF_METHODS}
+    names = {method.removesuffix("_short").removesuffix("_rex") for method in CONF_METHODS}
     assert names == {"jlcm", "jlcm_init", *METHODS}
 
 
