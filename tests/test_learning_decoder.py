@@ -113,11 +113,11 @@ def test_learning_lowers_the_divergence(tokens, kind):
         output = packed(tokens).logits.log_softmax(-1)
         return (target.exp() * (target - output)).sum(-1).mean().item()
 
+    # On every processor in the same precision.
+    options = jlcm.Learn(kind=kind, iterations=30, precision="fp32")
     with torch.no_grad():
         before = divergence()
-        results = learn_layers(
-            packed, reference, many, options=jlcm.Learn(kind=kind, iterations=30), progress=False
-        )
+        results = learn_layers(packed, reference, many, options=options, progress=False)
         after = divergence()
     assert len(results) == 21 and not any(result.note for result in results)
     assert after < 0.7 * before
@@ -186,3 +186,15 @@ def test_compression_uses_these_orders(tokens):
     assert not packed.compression.notes
     codes = "model.layers.0.mlp.up_proj.packed.weight.codes"
     assert not torch.equal(dict(packed.named_buffers())[codes], dict(plain.named_buffers())[codes])
+
+
+def test_bf16_forwards_see_nearly_the_same(tokens, networks):
+    packed, reference = networks
+    exact, narrow = (
+        every_pair(DecoderCalibration(packed, reference, tokens, precision=name, **OPTIONS))
+        for name in ("fp32", "bf16")
+    )
+    for name, pairs in exact.items():
+        for ours, theirs in zip(pairs, narrow[name], strict=True):
+            for a, b in zip(ours[:2], theirs[:2], strict=True):
+                assert b.dtype == a.dtype and 0 <= (a - b).norm() / a.norm() < 0.02, name

@@ -89,6 +89,7 @@ class Calibration:
         device: torch.device,
         folder: Path | None = None,
         flip: bool = False,
+        precision: str = "fp32",
     ) -> None:
         """Trace the networks and list their layers.
 
@@ -105,12 +106,13 @@ class Calibration:
             device: where the networks run, and stay.
             folder: where activations past `memory` go for a while.
             flip: add mirror images of the inputs, if these are images.
+            precision: of decoder networks (`jlcm.Learn`); others run in their own.
 
         Raises:
             ValueError: too few calibration inputs, or not finite ones.
         """
         self.packed, self.reference, self.device = packed, reference, device
-        self.positions, self.seed = positions, seed
+        self.positions, self.seed, self.precision = positions, seed, precision
         self._kept = Activations(memory, folder)
         self.inputs = split_inputs(batches, forward_batch)
         self.every = max(2, round(1 / held_out))

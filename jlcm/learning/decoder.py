@@ -15,6 +15,7 @@ from jlcm.decoder import before_layers, decoder_layers
 from jlcm.hooks import replaced_forwards, stopping, watching
 from jlcm.learning.activations import Activations, State
 from jlcm.learning.calibration import Calibration, Layer
+from jlcm.learning.forward import precision
 
 #: Tokens that suffice to see which modules run, and what they share.
 _FEW_TOKENS = 8
@@ -78,10 +79,11 @@ class DecoderCalibration(Calibration):
                 )
             self._inputs = first, found
         module = self._modules[1][layer.module].to(self.device)
+        dtype = module.weight.dtype  # autocast gives narrower ones
         try:
             for number in range(len(self.inputs)):
                 states = self._inputs[1].get(number)
-                yield tuple(((state[0].to(self.device),), {}) for state in states)
+                yield tuple(((state[0].to(self.device, dtype),), {}) for state in states)
         finally:
             if not inside:
                 module.to(self._home)
@@ -115,7 +117,9 @@ class DecoderCalibration(Calibration):
 
     def _run_layer(self, model: int, number: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._others[model, tuple(self.inputs[number].shape)][self._at]
-        output = self._layer(model)(hidden.to(self.device), *args, **kwargs)
+        plain = hidden.dtype != torch.float32
+        with precision("fp32" if plain else self.precision, self.device):
+            output = self._layer(model)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def _input(self, model: int, name: str, number: int, state: State) -> Tensor:

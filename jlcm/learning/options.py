@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jlcm.config import Invalid, check_choice
+from jlcm.learning.forward import PRECISIONS
 
 KINDS = ("none", "codebook", "joint", "proximal", "lnq")
 SIGNS = ("corrected", "printed")
@@ -66,6 +67,8 @@ class Learn:
             and the same in both networks; at least 32,768 together.
         forward_batch: calibration inputs that run at once.
         memory: bytes of activations kept in memory; the rest is computed again or lies on disk.
+        precision: in which decoder networks in float32 run on the calibration inputs: "bf16"
+            (autocast), "fp32", or "auto" (bf16 where the processor has it).
     """
 
     kind: str = "lnq"
@@ -98,9 +101,11 @@ class Learn:
     positions: int = 32
     forward_batch: int = 32
     memory: int = 2 * 2**30
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
+        check_choice("precision", self.precision, PRECISIONS)
         check_choice("learn", self.kind, KINDS)
         check_choice("start", self.start, STARTS)
         check_choice("statistics", self.statistics, STATISTICS)

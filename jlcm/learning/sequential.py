@@ -114,6 +114,7 @@ def learn_layers(
         device=device,
         folder=folder,
         flip=options.flip,
+        precision=options.precision,
     )
     store = dict(stored_tensors(packed))
     (results, finish), modules = collector(on_result), dict(reference.named_modules())
