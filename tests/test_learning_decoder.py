@@ -197,4 +197,4 @@ def test_bf16_forwards_see_nearly_the_same(tokens, networks):
     for name, pairs in exact.items():
         for ours, theirs in zip(pairs, narrow[name], strict=True):
             for a, b in zip(ours[:2], theirs[:2], strict=True):
-                assert b.dtype == a.dtype and 0 <= (a - b).norm() / a.norm() < 0.02, name
+                assert b.dtype == a.dtype and 0 <= (a - b).norm() / a.norm() < 0.05, name
