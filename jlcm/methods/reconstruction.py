@@ -212,6 +212,7 @@ def calibration_of(
         held_out=_HELD_OUT,
         seed=network.seed,
         device=network.device,
+        precision="auto",
     )
 
 
