@@ -16,10 +16,12 @@ try:
 except ImportError:
     sys.exit("figures need matplotlib: python -m pip install -c constraints.txt -e '.[figures]'")
 
+from experiments.config import TrackingConfig
 from experiments.figures import CAPTIONS
 from experiments.figures.choose import draw
 from experiments.figures.style import save
 from experiments.runs import read_runs, select
+from experiments.tracking import MODES, open_tracker
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--formats", nargs="+", choices=("pdf", "png"), default=("pdf", "png"), metavar="FORMAT"
     )
+    parser.add_argument(
+        "--tracking", choices=MODES, default="off", help="log the figures to W&B, too, as one run"
+    )
     arguments = parser.parse_args(arguments)
     for name in arguments.names:
         if name not in CAPTIONS:
@@ -49,11 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--results-dir {arguments.results_dir} does not exist")
 
     try:
+        tracker = open_tracker(
+            TrackingConfig(mode=arguments.tracking),
+            results_dir=arguments.results_dir,
+            run_id="figures",
+        )
         runs = select(read_runs(arguments.results_dir), arguments.where)
     except ValueError as error:
         sys.exit(f"error: {error}")
     chosen = {condition.partition("=")[0] for condition in arguments.where}
-    failed = []
+    drawn, failed = {}, []
     for name in arguments.names or CAPTIONS:
         try:
             figure, source = draw(name, runs, chosen, arguments.layer)
@@ -62,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             failed.append(name)
             print(f"{name}: not drawn: {error}", file=sys.stderr)
         else:
+            drawn[name] = figure
             print(f"{name}: {', '.join(map(str, files))} (from {source})", flush=True)
+    with tracker:
+        tracker.start({}, job_type="figures")
+        tracker.log_figures(drawn)
     if failed and (arguments.names or len(failed) == len(CAPTIONS)):
         sys.exit(1)
 

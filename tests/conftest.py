@@ -1,6 +1,7 @@
 """Small networks shared by the tests. Nobody may change the session's networks in place."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import jlcm
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start beside each other
 torch.set_num_threads(1)  # the networks are tiny, threads would only wait for each other
 
 

@@ -66,5 +66,8 @@ class FakeWandb:
         self.call("Table")
         return {"columns": columns, "data": data}
 
+    def Image(self, image):  # noqa: N802
+        return image.size
+
     def Artifact(self, name, type):  # noqa: A002, N802
         return SimpleNamespace(name=name, type=type, add_file=lambda path: self.call("add_file"))

@@ -4,6 +4,7 @@ import runpy
 import sys
 
 import pytest
+from fake_wandb import FakeWandb
 from written_runs import write_run
 
 from experiments.figures import CAPTIONS
@@ -84,6 +85,15 @@ def test_folder_that_cannot_be_written_is_said(results, capsys):
     with pytest.raises(SystemExit):
         command(results, "cost")
     assert "cost: not drawn: " in capsys.readouterr().err
+
+
+def test_figures_are_tracked_as_one_run(results, monkeypatch):
+    module = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    command(results, "cost", "init", "--formats", "png", "--tracking", "offline")
+    (run,) = module.runs
+    assert run.options["id"] == run.options["job_type"] == "figures"
+    assert {name for entry in run.logged for name in entry} == {"figures/cost", "figures/init"}
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, request):
