@@ -1,6 +1,7 @@
 """Language models of transformers: an embedding, a list of alike decoder layers and a head."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,41 @@ def before_layers(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[tuple[
     with replaced_forwards(layers, skip), suppress(Stopped):
         model(tokens, use_cache=False)
     return hidden[0], others
+
+
+@contextmanager
+def recorded_layers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what the decoder layers of a forward are given; nothing of a network without them."""
+    states: list[Tensor] = []
+    name = decoder_layers(model)
+    layers = () if name is None else model.get_submodule(name)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers
+    ]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def skipped_layers(model: nn.Module, states: list[Tensor], tensor: str) -> Iterator[None]:
+    """Run forwards on the same input from the decoder layer on that has a tensor.
+
+    Args:
+        model: a network.
+        states: of `recorded_layers`, of one forward.
+        tensor: name of a parameter; one outside the decoder layers skips nothing.
+    """
+    name = decoder_layers(model)
+    inside = name is not None and tensor.startswith(f"{name}.")
+    index = int(tensor.removeprefix(f"{name}.").split(".")[0]) if inside else 0
+    if not 0 < index < len(states):
+        yield
+        return
+    with replaced_forwards(model.get_submodule(name)[:index], lambda *_, **__: states[index]):
+        yield
 
 
 def decoder_groups(model: nn.Module, tokens: Tensor) -> list[PermutationGroup]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.clustering.scalar import assign, cluster
+from jlcm.decoder import recorded_layers, skipped_layers
 from jlcm.learning.calibration import split_inputs
-from jlcm.learning.forward import divergence, logits_of, outputs_of, to_device
+from jlcm.learning.forward import divergence, logits_of, outputs_of, precision, to_device
 from jlcm.learning.products import Product, watching_products
 from jlcm.select import as_matrix
 
@@ -36,7 +37,7 @@ ONE_BIT = 4.0
 #: Inputs that it is measured on.
 MEASURED_INPUTS = 32
 #: The same for sequences of token ids: tokens together, and of each sequence.
-MOST_TOKENS, MEASURED_TOKENS, MEASURED_LENGTH = 2**14, 512, 128
+MOST_TOKENS, MEASURED_TOKENS, MEASURED_LENGTH = 2**14, 256, 128
 #: Inputs of a neuron whose correlations are looked at.
 MOST_COLUMNS = 2048
 
@@ -97,7 +98,9 @@ def fisher_information(
             hooks.append(weight.register_post_accumulate_grad_hook(adds(sums[name])))
         for x in bar:
             with torch.enable_grad():
-                logits = logits_of(model(to_device(x, device)), "the network").float()
+                # Sequences are long, and their sums forgive some rounding.
+                with precision("fp32" if x.is_floating_point() else "auto", device):
+                    logits = logits_of(model(to_device(x, device)), "the network").float()
                 if not logits.isfinite().all():
                     raise ValueError("outputs on the calibration inputs contain NaN or Inf")
                 shares = logits.detach().softmax(-1).flatten(0, -2).cpu()
@@ -152,14 +155,16 @@ def estimate_distortions(
     device = torch.device(device)
     model.to(device).eval()
     batches = [to_device(x, device) for x in _first(inputs, MOST_INPUTS, MEASURED_INPUTS)]
-    x = batches[0]
+    x, outputs = batches[0], 1
     if not x.is_floating_point():
+        outputs = x[0].numel()  # of an input, which the Fisher information sums up
         x = x[: MEASURED_TOKENS // MEASURED_LENGTH, :MEASURED_LENGTH]
         batches = [to_device(b, device) for b in _first(inputs, MEASURED_INPUTS, 4)]
     parts = dict.fromkeys(weights, 1.0)
     if learned:
         parts = unexplained_parts(model, weights, batches, seed=seed)
-    target = outputs_of(model, x, device, "the network")
+    with recorded_layers(model) as states:
+        target = outputs_of(model, x, device, "the network")
     found = {}
     bar = tqdm(weights.items(), desc="allocation", unit="layer", disable=not progress, leave=False)
     for name, weight in bar:
@@ -171,11 +176,12 @@ def estimate_distortions(
                 continue
             coded = _clustered(original, fisher[name], bits)
             error = fisher[name].double() * (coded - original.cpu()).double().square()
-            divergence_ = 0.5 * float(error.sum())
+            divergence_ = 0.5 * float(error.sum()) / outputs
             if bits <= MEASURED_BITS:
                 weight.data.copy_(coded)
                 try:
-                    measured = divergence(outputs_of(model, x, device, "the network"), target)
+                    with skipped_layers(model, states, name):
+                        measured = divergence(outputs_of(model, x, device, "the network"), target)
                 finally:
                     weight.data.copy_(original)
                 divergence_ = max(divergence_, measured.item())

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import jlcm
-from jlcm.decoder import decoder_groups, decoder_layers
+from jlcm.decoder import decoder_groups, decoder_layers, recorded_layers, skipped_layers
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.decoder import DecoderCalibration
 from jlcm.learning.sequential import learn_layers
 from jlcm.reorder import permute
+from jlcm.select import select
+from jlcm.sensitivity import _clustered, estimate_distortions, fisher_information
 
 transformers = pytest.importorskip("transformers")
 
@@ -198,3 +200,36 @@ def test_bf16_forwards_see_nearly_the_same(tokens, networks):
         for ours, theirs in zip(pairs, narrow[name], strict=True):
             for a, b in zip(ours[:2], theirs[:2], strict=True):
                 assert b.dtype == a.dtype and 0 <= (a - b).norm() / a.norm() < 0.05, name
+
+
+@torch.no_grad()
+def test_forwards_from_a_decoder_layer_on_are_the_same(tokens):
+    model = tiny_llama()
+    with recorded_layers(model) as states:
+        model(tokens)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        model.get_parameter(name).mul_(2)
+        changed = model(tokens).logits
+        with skipped_layers(model, states, name):
+            assert torch.equal(model(tokens).logits, changed)
+        model.get_parameter(name).div_(2)
+
+
+def test_predicted_divergence_of_a_token_is_the_measured_one(tokens):
+    """Where errors are small, half the Fisher information weighs them; for a token, not a text."""
+    model = tiny_llama()
+    many = torch.randint(0, 64, (64, 32), generator=torch.Generator().manual_seed(2))
+    weights = select(model, without_head)
+    fisher = fisher_information(model, weights, many, progress=False)
+    harm = estimate_distortions(
+        model, weights, many, fisher, most_bits=5, learned=False, progress=False
+    )
+    with torch.no_grad():
+        target = model(many).logits.log_softmax(-1)
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+            coded = copy.deepcopy(model)
+            weight = coded.get_parameter(name)
+            weight.copy_(_clustered(weight, fisher[name], 5))
+            output = coded(many).logits.log_softmax(-1)
+            measured = (target.exp() * (target - output)).sum(-1).mean().item()
+            assert 0.5 < harm[name][4] / measured < 2
