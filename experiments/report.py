@@ -33,7 +33,11 @@ def _footprint(record: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{record['config']['model']['name']}, {found['dtype']}, "
-        f"{found['batch_size']} x {found['image_size']} x {found['image_size']} pixels",
+        + (
+            f"{found['batch_size']} x {found['tokens']} tokens"
+            if "tokens" in found
+            else f"{found['batch_size']} x {found['image_size']} x {found['image_size']} pixels"
+        ),
         f"{'':<14}{'bytes':>14}{'%':>8}",
         f"{'weights':<14}{found['weight_bytes']:>14,}{found['weights_percent']:>8.2f}",
         f"{'activations':<14}{found['activation_peak_bytes']:>14,}"

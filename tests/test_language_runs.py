@@ -116,3 +116,31 @@ def test_network_and_data_must_belong_together(overrides, message, tmp_path):
         config = compose("config", overrides=overrides)
     with pytest.raises(ValueError, match=message):
         run(OmegaConf.to_object(config), run_id="x", identity={}, folder=tmp_path)
+
+
+def test_footprint_of_llama_7b_needs_no_memory(tmp_path):
+    with configurations():
+        config = compose(
+            "config",
+            overrides=["task=footprint", "model=llama7b", "data=commonsense", "data.window=64"],
+        )
+    record = run(
+        OmegaConf.to_object(config), run_id="x", identity=identity(config), folder=tmp_path
+    )
+    found = record["results"]["footprint"]
+    # Llama's published 6,738,415,616 parameters, and 64 rotary frequencies twice, at 2 bytes.
+    assert found["parameters"] == 6_738_415_616
+    assert found["weight_bytes"] == 2 * (found["parameters"] + 128)
+    # The widest moment is inside an MLP: what goes on, and three tensors of hidden units.
+    assert found["activation_peak_bytes"] > 2 * 64 * (4096 + 3 * 11008)
+    assert found["tokens"] == 64 and record["config"].keys() == {
+        "task",
+        "model",
+        "data",
+        "footprint",
+    }
+
+
+def test_times_of_language_models_are_refused(folder):
+    with pytest.raises(ValueError, match="of language models footprint"):
+        do(folder, "task=latency")

@@ -105,6 +105,27 @@ def load_language_model(model: LanguageModelConfig) -> LanguageModel:
     return LanguageModel(module=module, tokenizer=tokenizer, name=model.name)
 
 
+def empty_language_model(model: LanguageModelConfig) -> nn.Module:
+    """Build a model on the meta device, for what does not depend on its weights.
+
+    Args:
+        model: its `shape`, or where a configuration comes from.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: as `load_language_model`.
+    """
+    check_language_model(model)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if model.shape is not None:
+        config = AutoConfig.for_model(**model.shape)
+    else:
+        place = str(smollm2_folder()) if model.source == "smollm2" else model.name
+        config = _read_config(place, local=Path(place).is_dir())
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
 def _read_config(place: str, *, local: bool) -> "PretrainedConfig":
     """Read the configuration; a hub that does not answer is noticed without retries."""
     from huggingface_hub import HfApi
