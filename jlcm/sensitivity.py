@@ -22,8 +22,6 @@ from jlcm.select import as_matrix
 MOST_INPUTS = 256
 #: Inputs of a step. Few, because the square of a sum over many inputs varies more.
 STEP = 4
-#: Weights of a network whose sums are kept in float64.
-FLOAT64_LIMIT = 10**9
 #: Weights of a tensor that are clustered to estimate its error.
 MOST_WEIGHTS = 2**16
 #: Widths of a code that are clustered; each further bit quarters the error.
@@ -76,14 +74,12 @@ def fisher_information(
     device = torch.device(device)
     model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
-    # Sums for billions of weights have to fit into memory.
-    small = sum(weight.numel() for weight in weights.values()) < FLOAT64_LIMIT
-    dtype = torch.float64 if small else torch.float32
-    sums = {name: torch.zeros_like(w, dtype=dtype) for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
 
     def adds(total: Tensor) -> Callable[[Tensor], None]:
         def add(weight: Tensor) -> None:
-            total.add_(weight.grad.to(dtype).square())
+            gradient = weight.grad.float()
+            total.addcmul_(gradient, gradient)
             weight.grad = None  # one gradient at a time
 
         return add
@@ -112,7 +108,7 @@ def fisher_information(
         for parameter, value in required.items():
             parameter.requires_grad_(value)
     count = sum(map(len, steps))
-    found = {name: (total / count).float().cpu() for name, total in sums.items()}
+    found = {name: (total / count).cpu() for name, total in sums.items()}
     if not all(values.isfinite().all() for values in found.values()):
         raise ValueError("gradients on the calibration inputs are NaN or infinite")
     return found
