@@ -38,9 +38,7 @@ They stay packed in memory: a layer is decoded when it runs.
 
 ## Load
 
-```bash
-pip install jlcm
-```
+With jlcm installed:
 
 ```python
 import jlcm  # before the model is loaded
