@@ -23,6 +23,8 @@ from jlcm.config import Invalid, check_choice
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Tokens of windows that are read at once.
+_TOKENS = 2048
 #: Positions whose probabilities are computed at once: 25 MB a model for 49,152 tokens.
 _POSITIONS = 128
 #: Outputs of a batch of answers: 400 MB in float32, twice with the probabilities made of them.
@@ -35,8 +37,8 @@ def perplexity_and_kl(
 ) -> dict:
     """Perplexity of a text, and how far a packed model is from its original.
 
-    One window is read at a time, from its first token on, and every token but the first is
-    predicted. Probabilities are computed in float32.
+    Windows are read from their first token on, and every token but the first is predicted.
+    Probabilities are computed in float32.
 
     Args:
         packed: a causal language model, in evaluation mode, on `device`.
@@ -55,11 +57,14 @@ def perplexity_and_kl(
     """
     modules = [packed] if original is None else [packed, original]
     sums = torch.zeros(4, dtype=torch.float64)
-    for window in tqdm(windows.to(device), desc="perplexity", unit="window", leave=False):
-        logits = [module(window[None]).logits[0, :-1] for module in modules]
-        for start in range(0, len(window) - 1, _POSITIONS):
+    # Packed weights are decoded at each forward, so several windows share one.
+    batches = windows.to(device).split(max(_TOKENS // windows.shape[1], 1))
+    for batch in tqdm(batches, desc="perplexity", unit="batch", leave=False):
+        logits = [module(batch).logits[:, :-1].flatten(0, 1) for module in modules]
+        targets = batch[:, 1:].flatten()
+        for start in range(0, len(targets), _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            sums += _compare([x[part] for x in logits], window[1:][part])
+            sums += _compare([x[part] for x in logits], targets[part])
     if not sums.isfinite().all():
         raise ValueError("perplexity: the model's outputs contain NaN or Inf")
     count, length = windows.shape
