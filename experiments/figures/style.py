@@ -73,6 +73,10 @@ METHODS = _looks(
         "nupes": ("#88CCEE", "v"),
         "lnq": ("#CC6677", "^"),
         "dkm": ("#882255", "X"),
+        "optq": ("#661100", "P"),
+        "awq": ("#6699CC", "X"),
+        "squeezellm": ("#009E73", "*"),
+        "llm_int8": ("#000000", "x"),
     }
 )
 INITS = _looks(

@@ -112,7 +112,7 @@ def learn_layers(
         except NotImplementedError as error:
             finish(LayerResult(name=layer.name, note=f"rounded to nearest: {error}"))
             continue
-        trained = rounding(stored, weights[layer.name]).to(network.device)
+        trained = rounding(stored, weights[layer.name].to(network.device)).to(network.device)
         result = reconstruct(
             layer.name,
             [(trained, stored)],

@@ -105,9 +105,8 @@ def awq(network: Network, options: AWQ) -> dict[str, StoredWeight]:
     kept, factors = _choose(network, options, batches, scalings)
     for scaling, chosen in factors:
         fold(model, scaling, chosen)
-        for name in scaling.consumers:
-            if name in kept:
-                kept[name] = kept[name] / _per_column(chosen, kept[name].shape[1])[:, None].cpu()
+        for name in kept.keys() & set(scaling.consumers):
+            kept[name] = kept[name] / _per_column(chosen, kept[name].shape[1])[:, None].cpu()
     _describe(network, options, [scaling for scaling, _ in factors], kept)
     found = {
         name: _round(name, weight, network.bits[name], kept.get(name), options)
@@ -128,7 +127,7 @@ def _choose(
     kept: dict[str, Tensor] = {}
     factors: list[tuple[Scaling, Tensor]] = []
     bar = tqdm(
-        total=len(units), desc="scale", unit="unit", disable=not network.progress, leave=False
+        total=len(weights), desc="scale", unit="layer", disable=not network.progress, leave=False
     )
     for stage in stages(model, units, batches, _TOGETHER):
         here = [scaling for scaling in scalings if scaling.consumers[0] in stage.names]
@@ -142,7 +141,11 @@ def _choose(
             kept=options.clip_tokens,
             seed=network.seed,
         )
-        kept |= {name: inputs.kept for name, inputs in seen.inputs.items()}
+        kept |= {
+            name: inputs.kept
+            for name, inputs in seen.inputs.items()
+            if name in weights and inputs.kept.shape[1] == weights[name][0].numel()
+        }
         for scaling in here:
             if all(name in seen.inputs for name in scaling.consumers):
                 factors.append((scaling, search_scales(network, scaling, seen, options)))

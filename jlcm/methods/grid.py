@@ -14,6 +14,8 @@ from jlcm.uniform import UniformWeight
 
 #: Range search: shrinking steps of one percent, and the exponent of the error (BRECQ's).
 SHRINKS, NORM = 80, 2.4
+#: Weights that the search works on at a time on a processor.
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,23 @@ def search(matrix: Tensor, bits: int, *, per_row: bool = True, symmetric: bool =
         per_row: one grid for each row, or one for the tensor.
         symmetric: as in `min_max`.
     """
-    count = matrix.shape[0] if per_row else 1
     kind = {"per_row": per_row, "symmetric": symmetric}
-    best = torch.ones(count, device=matrix.device)
+    few = max(len(matrix), 1)
+    if per_row and matrix.device.type == "cpu":  # a few rows at a time, which its cache holds
+        few = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    shrink = torch.cat([_best_shrink(rows, bits, **kind) for rows in matrix.split(few)])
+    return min_max(matrix, bits, shrink=shrink, **kind)
+
+
+def _best_shrink(matrix: Tensor, bits: int, *, per_row: bool, symmetric: bool) -> Tensor:
+    """Factor of the range of each grid."""
+    best = torch.ones(matrix.shape[0] if per_row else 1, device=matrix.device)
     least = torch.full_like(best, torch.inf)
     for i in range(SHRINKS):
         shrink = torch.full_like(best, 1 - i / 100)
-        grid = min_max(matrix, bits, shrink=shrink, **kind)
+        grid = min_max(matrix, bits, per_row=per_row, symmetric=symmetric, shrink=shrink)
         errors = (grid.values(grid.codes(matrix)) - matrix).abs().pow(NORM)
         errors = errors.sum(1) if per_row else errors.sum().view(1)
         better = errors < least
         best, least = torch.where(better, shrink, best), torch.where(better, errors, least)
-    return min_max(matrix, bits, shrink=best, **kind)
+    return best

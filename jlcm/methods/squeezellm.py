@@ -19,7 +19,7 @@ from jlcm.expanded import expand
 from jlcm.methods.network import Network
 from jlcm.packed import StoredWeight
 from jlcm.select import as_matrix
-from jlcm.sensitivity import MOST_INPUTS, fisher_information
+from jlcm.sensitivity import MOST_INPUTS, MOST_TOKENS, fisher_information
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def _describe(network: Network, options: SqueezeLLM, found: dict[str, StoredWeig
     """Note what the paper has otherwise, and what the goal does not allow."""
     network.notes += [
         "labels for the Fisher information are drawn from the network's own outputs, on at most "
-        f"{MOST_INPUTS} inputs",
+        f"{MOST_INPUTS} inputs or {MOST_TOKENS:,} tokens",
         "k-means is optimal, in place of 50 iterations from k-means++",
     ]
     if options.sparse:
