@@ -62,6 +62,7 @@ METHODS = _looks(
     {
         "jlcm": ("#D55E00", "*"),
         "jlcm_init": ("#E69F00", "o"),
+        "jlcm_rex": ("#56B4E9", "P"),
         "rtn": ("#777777", "x"),
         "dfq": ("#44AA99", "s"),
         "squant": ("#117733", "^"),
