@@ -53,9 +53,11 @@ def test_a_folder_is_loaded_in_the_dtype_asked_for(folder, dtype):
 def test_configurations_compose():
     with configurations():
         config = compose("config", ["model=llama7b", "data=commonsense", "model.dtype=bfloat16"])
-        assert OmegaConf.to_object(config).model == LanguageModelConfig(
-            source="hf", name="huggyllama/llama-7b", dtype="bfloat16"
+        model = OmegaConf.to_object(config).model
+        assert model == LanguageModelConfig(
+            source="hf", name="huggyllama/llama-7b", dtype="bfloat16", shape=model.shape
         )
+        assert model.shape["model_type"] == "llama"
         assert run_id(config).startswith("llama-7b-")  # a folder's name, not a path
         small = OmegaConf.to_object(compose("config", ["model=smollm2_135m", "data=commonsense"]))
         assert (small.data.limit, small.data.calibration_samples) == (100, 64)
