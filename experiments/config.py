@@ -98,6 +98,7 @@ class CommonsenseConfig(DataConfig):
     calibration_samples: int = 64
     calibration_length: int = 512  # tokens of a calibration sample
     calibration_text: str | None = None  # UTF-8 file
+    distill_epochs: int = 3  # of learn=jlcm and distill: a text has many outputs to learn from
     calibration_dataset: str | None = None  # of the hub: name or name:subset (allenai/c4:en)
 
 
