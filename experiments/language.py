@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from experiments.config import Config
 from experiments.data.text import calibration_windows, check_text, evaluation_windows
 from experiments.evaluate.language import check_commonsense, commonsense, perplexity_and_kl
-from experiments.models.language import check_language_model, load_language_model
+from experiments.models.language import (
+    check_language_model,
+    decoder_filter,
+    load_language_model,
+)
 from experiments.subject import original_path
 from jlcm.config import Invalid, check_choice
 from jlcm.files import replacing
 from jlcm.locks import once
-from jlcm.select import linear_and_convolution, with_embeddings
 
 EMBEDDINGS = ("fp16", "compressed")
 
@@ -55,14 +58,7 @@ class LanguageSubject:
         self._config, self._device = config, device
         self._path = original_path(config, identity, ".json", "transformers", "lm_eval")
         self.module = self._model.module
-        head = self.module.get_output_embeddings()
-        self._head = next(name for name, module in self.module.named_modules() if module is head)
-
-    def filter_fn(self, module: nn.Module, name: str) -> bool:
-        """Linear layers of the decoder, and with `model.embeddings=compressed` the embeddings."""
-        if self._config.model.embeddings == "compressed":
-            return with_embeddings(module, name)
-        return name != self._head and linear_and_convolution(module, name)
+        self.filter_fn = decoder_filter(self.module, config.model.embeddings)
 
     def calibration(self) -> Tensor:
         """Token ids (samples, length) of a text, or of what the model writes."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import jlcm
 from experiments.config import CommonsenseConfig, Config, LanguageModelConfig
@@ -20,6 +21,7 @@ from experiments.models import Network, load_network
 from experiments.options import compressor, needs_calibration
 from experiments.records import PACKED_FILE, write_record
 from experiments.tracking import Tracker
+from jlcm.architecture import Architecture
 from jlcm.config import Invalid
 
 
@@ -32,10 +34,8 @@ def check_measurement(config: Config) -> None:
     texts = isinstance(config.data, CommonsenseConfig)
     if texts != isinstance(config.model, LanguageModelConfig):
         raise Invalid(f"model={config.model.name} cannot be measured with data={config.data.kind}")
-    if texts and config.task != "footprint":
-        raise Invalid(
-            f"task={config.task} measures networks of images; of language models footprint"
-        )
+    if texts and config.task == "precision":
+        raise Invalid("task=precision measures networks of images")
     match config.task:
         case "footprint":
             check_footprint(config.footprint)
@@ -98,10 +98,10 @@ def choose_devices(device: str) -> list[torch.device]:
 def _footprint(config: Config, devices: list[torch.device], notes: list[str]) -> dict[str, Any]:
     if not isinstance(config.model, LanguageModelConfig):
         return measure_footprint(_network(config), config.footprint, devices, notes)
-    from experiments.models.language import empty_language_model  # imports transformers
+    from experiments.models.language import untrained_language_model  # imports transformers
 
     notes.append("counted only: the weights lie on the meta device")
-    module = empty_language_model(config.model)
+    module = untrained_language_model(config.model, device="meta")
     return measure_language(module, config.data.window, config.footprint)
 
 
@@ -126,25 +126,47 @@ def _latency(
     config: Config, folder: Path, devices: list[torch.device], notes: list[str]
 ) -> dict[str, Any]:
     check_offload()  # a finished run needs no accelerate
-    network, path = _network(config), folder / PACKED_FILE
+    path = folder / PACKED_FILE
+    module, inputs, options, architecture = _timed_network(config)
     packed = _packer(config)(
-        network.module,
+        module,
         alpha=config.alpha,
         calibration=None,
-        example_inputs=torch.zeros(1, 3, *[network.preprocessing.crop] * 2),
         folder=None,
         seed=config.seed,
         device=devices[-1],
+        **options,
     )
-    jlcm.save(packed, path, architecture=network.architecture)
+    jlcm.save(packed, path, architecture=architecture)
     del packed  # what is timed is the file, loaded again
     times = {
         device.type: measure_latency(
-            network, path, config.latency, device=device, seed=config.seed, notes=notes
+            module, inputs, path, config.latency, device=device, notes=notes
         )
         for device in devices
     }
     return times | {"packed_file": jlcm.footprint(path).as_dict()}
+
+
+def _timed_network(
+    config: Config,
+) -> tuple[nn.Module, Tensor, dict[str, Any], Architecture | None]:
+    """Network, random inputs of the largest batch, options of compression, architecture."""
+    generator = torch.Generator().manual_seed(config.seed)
+    count = max(config.latency.batch_sizes)
+    if not isinstance(config.model, LanguageModelConfig):
+        network = _network(config)
+        side = network.preprocessing.crop
+        images = torch.randn(count, 3, side, side, generator=generator)
+        options = {"example_inputs": torch.zeros(1, 3, side, side)}
+        return network.module, images, options, network.architecture
+    from experiments.models.language import decoder_filter, untrained_language_model
+
+    module = untrained_language_model(config.model, device="cpu", seed=config.seed)
+    shape = count, config.data.window
+    tokens = torch.randint(0, module.config.vocab_size, shape, generator=generator)
+    chosen = decoder_filter(module, config.model.embeddings)
+    return module, tokens, {"example_inputs": tokens[:1, :8], "filter_fn": chosen}, None
 
 
 def _precision(config: Config, device: torch.device) -> dict[str, Any]:

@@ -141,6 +141,23 @@ def test_footprint_of_llama_7b_needs_no_memory(tmp_path):
     }
 
 
-def test_times_of_language_models_are_refused(folder):
-    with pytest.raises(ValueError, match="of language models footprint"):
-        do(folder, "task=latency")
+def test_times_of_a_language_model(folder):
+    record = do(
+        folder,
+        "task=latency",
+        "method=jlcm_init",
+        "latency.rounds=1",
+        "latency.repeats=1",
+        "latency.batch_sizes=[1,2]",
+        "compute.device=cpu",
+    )
+    found = record["results"]["latency"]["cpu"]
+    assert found["outputs"]["disk_offload"] == 0 < found["outputs"]["packed"]
+    assert all(line["ms"] > 0 for line in found["batch_2"].values())
+    assert found["best_batch"]["packed"]["batch_size"] in (1, 2)
+    assert record["config"]["data"] == {"kind": "commonsense", "window": 16}
+
+
+def test_precision_of_language_models_is_refused(folder):
+    with pytest.raises(ValueError, match="task=precision measures networks of images"):
+        do(folder, "task=precision")

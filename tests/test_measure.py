@@ -362,7 +362,7 @@ def test_outputs_are_compared_with_the_reference():
         "fp32": Variant(module=lambda x: x, dtype=torch.float32),
         "packed": Variant(module=lambda x: 1.5 * x, dtype=torch.float16),
     }
-    assert compare_outputs(variants, torch.ones(4), "fp32") == {"fp32": 0, "packed": 0.5}
+    assert compare_outputs(variants, torch.ones(1, 4), "fp32") == {"fp32": 0, "packed": 0.5}
 
 
 # Precision

@@ -21,8 +21,8 @@ from tqdm import tqdm
 import jlcm
 from experiments.config import LatencyConfig
 from experiments.evaluate.offload import drop_page_cache, offloaded, read_from_disk
-from experiments.models import Network
 from jlcm.config import Invalid
+from jlcm.learning.forward import logits_of
 
 #: Widths of the whole network in memory.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,44 +62,42 @@ def check_latency(options: LatencyConfig) -> None:
 
 
 def measure_latency(
-    network: Network,
+    module: nn.Module,
+    inputs: Tensor,
     packed: Path,
     options: LatencyConfig,
     *,
     device: torch.device,
-    seed: int,
     notes: list[str],
 ) -> dict[str, Any]:
     """Time one network on one device.
 
     Args:
-        network: the network.
+        module: the network.
+        inputs: images or token ids, as many as the largest batch.
         packed: its packed file.
         options: batch sizes, rounds and the memory limit.
         device: where it runs.
-        seed: of the images, which are noise.
         notes: gets a sentence where the disk could not be measured.
 
     Returns:
         What `docs/records.md` describes as `results.latency.<device>`.
     """
-    reference, side = REFERENCE[device.type], network.preprocessing.crop
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(max(options.batch_sizes), 3, side, side, generator=generator)
+    reference = REFERENCE[device.type]
     # On the disk of the results: the system's folder for temporary files may lie in memory.
     with tempfile.TemporaryDirectory(prefix="weights-", dir=packed.parent) as folder:
         files = Path(folder) / "weights"
-        variants = build_variants(network.module, packed, files, device, options.memory_limit)
+        variants = build_variants(module, packed, files, device, options.memory_limit)
         with torch.inference_mode():
             results: dict[str, Any] = {
                 "reference": reference,
-                "outputs": compare_outputs(variants, images[:1].to(device), reference),
+                "outputs": compare_outputs(variants, inputs[:1].to(device), reference),
             }
             for size in options.batch_sizes:
                 try:
-                    timings = time_in_turn(variants, images[:size].to(device), options, device)
+                    timings = time_in_turn(variants, inputs[:size].to(device), options, device)
                 except torch.OutOfMemoryError as error:
-                    raise Invalid(f"latency.batch_sizes: no memory for {size} images") from error
+                    raise Invalid(f"latency.batch_sizes: no memory for {size} inputs") from error
                 results[f"batch_{size}"] = summarise(timings, reference, size)
         stored = [file for file in files.iterdir() if file.suffix == ".dat"]
         results["disk"] = {
@@ -137,10 +135,13 @@ def build_variants(
 
 
 def compare_outputs(
-    variants: dict[str, Variant], images: Tensor, reference: str
+    variants: dict[str, Variant], inputs: Tensor, reference: str
 ) -> dict[str, float]:
     """Relative distance ||y - y_reference|| / ||y_reference|| of each variant's outputs."""
-    outputs = {n: v.module(images.to(v.dtype)).double().cpu() for n, v in variants.items()}
+    outputs = {
+        n: logits_of(v.module(_cast(inputs, v.dtype)), n).double().cpu()
+        for n, v in variants.items()
+    }
     norm = outputs[reference].norm()
     return {n: float((y - outputs[reference]).norm() / norm) for n, y in outputs.items()}
 
@@ -154,13 +155,13 @@ class Timing:
 
 
 def time_in_turn(
-    variants: dict[str, Variant], images: Tensor, options: LatencyConfig, device: torch.device
+    variants: dict[str, Variant], inputs: Tensor, options: LatencyConfig, device: torch.device
 ) -> dict[str, list[Timing]]:
     """Time each variant in each round, after a forward to warm up."""
     timings: dict[str, list[Timing]] = {name: [] for name in variants}
-    for _ in tqdm(range(options.rounds), f"batch {len(images)}", unit="round", leave=False):
+    for _ in tqdm(range(options.rounds), f"batch {len(inputs)}", unit="round", leave=False):
         for name, variant in variants.items():
-            batch = images.to(variant.dtype)
+            batch = _cast(inputs, variant.dtype)
             variant.module(batch)
             timing = Timing(ms=[], read=[])
             for _ in range(options.repeats):
@@ -207,6 +208,11 @@ def best_batches(results: dict[str, Any], reference: str) -> dict[str, dict[str,
     for found in best.values():
         found["throughput_ratio"] = found["per_second"] / best[reference]["per_second"]
     return best
+
+
+def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images in the dtype of a variant, token ids as they are."""
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 from experiments.config import LanguageModelConfig
 from experiments.models.smollm2 import smollm2_folder
 from jlcm.config import Invalid, check_choice
+from jlcm.select import Filter, linear_and_convolution, with_embeddings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -105,11 +106,15 @@ def load_language_model(model: LanguageModelConfig) -> LanguageModel:
     return LanguageModel(module=module, tokenizer=tokenizer, name=model.name)
 
 
-def empty_language_model(model: LanguageModelConfig) -> nn.Module:
-    """Build a model on the meta device, for what does not depend on its weights.
+def untrained_language_model(
+    model: LanguageModelConfig, *, device: str, seed: int = 0
+) -> nn.Module:
+    """Build a model with random weights, for what does not depend on them.
 
     Args:
         model: its `shape`, or where a configuration comes from.
+        device: "meta" allocates nothing.
+        seed: of the weights.
 
     Raises:
         ConnectionError, FileNotFoundError, ValueError: as `load_language_model`.
@@ -122,8 +127,24 @@ def empty_language_model(model: LanguageModelConfig) -> nn.Module:
     else:
         place = str(smollm2_folder()) if model.source == "smollm2" else model.name
         config = _read_config(place, local=Path(place).is_dir())
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def decoder_filter(module: nn.Module, embeddings: str) -> Filter:
+    """Which layers of a language model are compressed.
+
+    Args:
+        module: the model.
+        embeddings: "fp16" chooses the linear layers of the decoder, "compressed" the token
+            embeddings and the output layer, too.
+    """
+    if embeddings == "compressed":
+        return with_embeddings
+    head = module.get_output_embeddings()
+    name_of_head = next(name for name, part in module.named_modules() if part is head)
+    return lambda part, name: name != name_of_head and linear_and_convolution(part, name)
 
 
 def _read_config(place: str, *, local: bool) -> "PretrainedConfig":
