@@ -160,7 +160,7 @@ TABLES: dict[str, Table] = {
     "table1_digits": _measured("Table 1, memory of a forward pass, digits", _FOOTPRINT),
     "table2": _measured("Table 2, time for an image", _LATENCY, paper="table2", full_scale=0),
     "table2_language": _measured(
-        "Table 2, time for a text of 128 tokens", _LATENCY, paper="table2", full_scale=0
+        "Table 2, time for a text of 128 tokens", _LATENCY, paper="table2_language", full_scale=0
     ),
     "table2_digits": _measured("Table 2, time for an image, digits", _LATENCY),
     "throughput": _measured(
