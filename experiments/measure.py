@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jlcm
-from experiments.config import CommonsenseConfig, Config, LanguageModelConfig
+from experiments.config import Config, LanguageModelConfig
 from experiments.data import check_files, load_data
 from experiments.evaluate.latency import check_latency, measure_latency
 from experiments.evaluate.memory import check_footprint, measure_footprint, measure_language
@@ -31,10 +31,7 @@ def check_measurement(config: Config) -> None:
     Raises:
         ValueError, OSError: for bad options or data.
     """
-    texts = isinstance(config.data, CommonsenseConfig)
-    if texts != isinstance(config.model, LanguageModelConfig):
-        raise Invalid(f"model={config.model.name} cannot be measured with data={config.data.kind}")
-    if texts and config.task == "precision":
+    if isinstance(config.model, LanguageModelConfig) and config.task == "precision":
         raise Invalid("task=precision measures networks of images")
     match config.task:
         case "footprint":

@@ -7,7 +7,13 @@ from typing import Any
 from torch import nn
 
 import jlcm
-from experiments.config import TASKS, Config, LearnConfig
+from experiments.config import (
+    TASKS,
+    CommonsenseConfig,
+    Config,
+    LanguageModelConfig,
+    LearnConfig,
+)
 from jlcm.config import ALLOCATIONS, FIRST_LAST, REORDERINGS, Invalid, check_alpha, check_choice
 from jlcm.quantize import METHODS
 
@@ -32,6 +38,12 @@ def check_options(config: Config) -> None:
         raise Invalid(f"compute.threads={config.compute.threads} must be at least 1, or null")
     if config.data.limit is not None and config.data.limit < 1:
         raise Invalid(f"data.limit={config.data.limit} must be at least 1, or null for all samples")
+    texts = isinstance(config.data, CommonsenseConfig)
+    if texts != isinstance(config.model, LanguageModelConfig):
+        kind, needed = ("networks of images", "digits, imagenet or image_list")
+        if not texts:
+            kind, needed = ("language models", "commonsense")
+        raise Invalid(f"data={config.data.kind} is not for {kind}: set data={needed}")
 
 
 def compressor(config: Config) -> partial:

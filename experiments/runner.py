@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import jlcm
-from experiments.config import CommonsenseConfig, Config, LanguageModelConfig
+from experiments.config import CommonsenseConfig, Config
 from experiments.data import check_files
 from experiments.machine import (
     choose_device,
@@ -29,7 +29,6 @@ from experiments.records import PACKED_FILE, RECORD, read_record, write_record
 from experiments.subject import Subject
 from experiments.tracking import OFF, Tracker
 from experiments.vision import Classifier
-from jlcm.config import Invalid
 from jlcm.locks import once, seconds_waited
 
 
@@ -144,18 +143,12 @@ def _compress(
 
 
 def check_subject(config: Config) -> None:
-    """Check that network and data belong together, and that files exist.
+    """Check the options and files of network and data.
 
     Raises:
         ValueError, OSError: naming the option, before anything is fetched.
     """
-    texts = isinstance(config.data, CommonsenseConfig)
-    if texts != isinstance(config.model, LanguageModelConfig):
-        kind, needed = ("networks of images", "digits, imagenet or image_list")
-        if not texts:
-            kind, needed = ("language models", "commonsense")
-        raise Invalid(f"data={config.data.kind} is not for {kind}: set data={needed}")
-    if texts:
+    if isinstance(config.data, CommonsenseConfig):
         from experiments.language import check_language
 
         check_language(config)
