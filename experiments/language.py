@@ -31,6 +31,7 @@ def check_language(config: Config) -> None:
     check_language_model(config.model)
     check_choice("model.embeddings", config.model.embeddings, EMBEDDINGS)
     check_text(config.data)
+    check_choice("data.precision", config.data.precision, ("fp32", "bf16"))
     check_commonsense(config.data.tasks)
     if config.encoding.first_last != "same":
         raise Invalid("encoding.first_last=int8 is a convention for networks of images")
@@ -95,6 +96,7 @@ class LanguageSubject:
             limit=data.limit,
             batch_size=self._config.compute.batch_size,
             device=self._device,
+            precision=data.precision,
             hub=data.hub,
         )
         return {

