@@ -37,7 +37,7 @@ from jlcm.outliers import add_outliers
 from jlcm.permutation import permute_slice
 from jlcm.reorder import ReorderError, permutation_groups, permute
 from jlcm.select import Filter, as_matrix, linear_and_convolution, select
-from jlcm.sensitivity import estimate_distortions, fisher_information
+from jlcm.sensitivity import distortions, fisher_information
 
 
 @dataclass(kw_only=True)
@@ -184,7 +184,7 @@ def compress(
     check_range(model, weights)
     fisher, home = None, next(model.parameters()).device
     stage = {"seed": seed, "device": device, "progress": progress}
-    if sensitive:
+    if importance == "fisher" or (allocation == "auto" and outliers):
         fisher = fisher_information(model, weights, calibration, **stage)
     importance = fisher if importance == "fisher" else _check_importance(importance, weights)
 
@@ -192,9 +192,15 @@ def compress(
     shapes = {n: tuple(as_matrix(w).shape) for n, w in weights.items() if n not in ends}
     harm, row_scales = None, set()
     if allocation == "auto":
-        inner = {name: weights[name] for name in shapes}
-        harm = estimate_distortions(
-            model, inner, calibration, fisher, most_bits=MAX_BITS, learned=bool(learn), **stage
+        harm = distortions(
+            model,
+            {name: weights[name] for name in shapes},
+            calibration,
+            most_bits=MAX_BITS,
+            learned=bool(learn),
+            fisher=fisher,
+            folder=_part(folder, "allocation"),
+            **stage,
         )
         row_scales = shapes.keys() - _followed_by_norm(model)
     model.to(home)

@@ -6,6 +6,7 @@ unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from jlcm.decoder import recorded_layers, skipped_layers
 from jlcm.learning.calibration import split_inputs
 from jlcm.learning.forward import divergence, logits_of, outputs_of, precision, to_device
 from jlcm.learning.products import Product, watching_products
+from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.select import as_matrix
 
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
@@ -184,6 +186,52 @@ def estimate_distortions(
             harm.append(min([divergence_, *harm[-1:]]))
         harm[0] *= ONE_BIT
         found[name] = [parts[name] * value for value in harm]
+    return found
+
+
+def distortions(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    inputs: Sequence[Tensor] | Tensor,
+    *,
+    most_bits: int,
+    learned: bool,
+    fisher: dict[str, Tensor] | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """`estimate_distortions`, kept for runs on other goals and for one that is interrupted.
+
+    Args:
+        model: as there.
+        weights: as there.
+        inputs: as there.
+        most_bits: as there.
+        learned: as there.
+        fisher: of `fisher_information`; None to compute it where it is needed.
+        folder: where results are kept; None to keep nothing.
+        seed: of sampled labels and positions.
+        device: where it runs; the model stays there.
+        progress: show a progress bar.
+    """
+    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    common = {"seed": seed, "device": device, "progress": progress}
+    # Weights that are not coded decide as well.
+    with stage_folder(
+        folder, f"{sorted(weights)} {most_bits} {learned} {seed}", model.state_dict(), batches
+    ) as kept:
+        path = None if kept is None else kept / "distortions.safetensors"
+        if path is not None and path.exists():
+            return {name: values.tolist() for name, values in read_part(path)[1].items()}
+        fisher = fisher or fisher_information(model, weights, inputs, **common)
+        found = estimate_distortions(
+            model, weights, inputs, fisher, most_bits=most_bits, learned=learned, **common
+        )
+        if path is not None:
+            parts = {name: torch.tensor(v, dtype=torch.float64) for name, v in found.items()}
+            save_part(path, parts, {})
     return found
 
 

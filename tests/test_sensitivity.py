@@ -301,6 +301,37 @@ def test_estimating_distortions_leaves_the_network_as_it_was():
         assert len(costs) == 8 and all(b <= a for a, b in itertools.pairwise(costs))
 
 
+def test_distortions_are_kept_for_the_same_network_inputs_and_seed(tmp_path, monkeypatch):
+    model, x = network(24, 64, 10), normal(64, 24)
+
+    def found(seed=0, x=x):
+        return sensitivity.distortions(
+            model,
+            weights_of(model),
+            x,
+            most_bits=8,
+            learned=True,
+            folder=tmp_path,
+            seed=seed,
+            progress=False,
+        )
+
+    first = found()
+    fisher = fisher_information(model, weights_of(model), x, progress=False)
+    given = {"most_bits": 8, "learned": True, "progress": False}
+    assert first == estimate_distortions(model, weights_of(model), x, fisher, **given)
+    others = [found(seed=1), found(x=x + 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", None)  # nothing runs again
+        assert [found(), found(seed=1), found(x=x + 1)] == [first, *others]
+    model[2].bias.data += 1  # is not coded, but the outputs depend on it
+    assert found() != first
+    path = max(tmp_path.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="damaged"):
+        found()
+
+
 def part(x):
     """Unexplained part of the inputs of a linear layer."""
     model = nn.Linear(x.shape[-1], 3)

@@ -22,7 +22,7 @@ from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
 from jlcm.learning.report import OnResult, collector, ignore
-from jlcm.learning.resume import restore_part, save_part, stage_folder
+from jlcm.learning.resume import restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
 from jlcm.packed import StoredWeight
 
@@ -145,7 +145,9 @@ def learn_blocks(
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = find_blocks(calibration, options.weights)
     results, finish = collector(on_result)
-    with stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs) as folder:
+    with stage_folder(
+        folder, f"{options!r} {seed}", stored_buffers(store), calibration.inputs
+    ) as folder:
         bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
         for index, block in enumerate(bar):
             codes = options.lr_codes > 0

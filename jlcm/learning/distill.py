@@ -34,7 +34,7 @@ from jlcm.learning.forward import (
     to_device,
 )
 from jlcm.learning.report import OnResult, ignore
-from jlcm.learning.resume import read_part, save_part, stage_folder
+from jlcm.learning.resume import read_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.trainable import (
     StandIn,
     Trainable,
@@ -202,7 +202,7 @@ def distill(
     reference = copy.deepcopy(reference).to(device).eval().requires_grad_(False)
     store = dict(stored_tensors(packed))
     try:
-        with stage_folder(folder, f"{options!r} {seed}", store, [inputs]) as folder:
+        with stage_folder(folder, f"{options!r} {seed}", stored_buffers(store), [inputs]) as folder:
             run = _Run(
                 packed, reference, inputs, options, seed, device, folder, stand_in, before_step
             )

@@ -18,7 +18,7 @@ from jlcm.locks import exclusive
 
 @contextmanager
 def stage_folder(
-    folder: Path | None, settings: str, store: dict[str, Stored], inputs: list[Tensor]
+    folder: Path | None, settings: str, tensors: dict[str, Tensor], inputs: list[Tensor]
 ) -> Iterator[Path | None]:
     """Where a stage keeps its finished parts, named by a hash of all that decides its result.
 
@@ -27,15 +27,14 @@ def stage_folder(
     Args:
         folder: that several runs may share; None to keep nothing, which yields None.
         settings: options and seed.
-        store: stored tensors of the compressed network by name, as they are before the stage.
+        tensors: of the network by name, as they are before the stage (`stored_buffers`).
         inputs: calibration inputs.
     """
     if folder is None:
         yield None
         return
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    stored = [(f"{name} {key}", t) for name, s in store.items() for key, t in s.named_buffers()]
-    for name, tensor in [*stored, *(("input", batch) for batch in inputs)]:
+    for name, tensor in [*tensors.items(), *(("input", batch) for batch in inputs)]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(content.numpy())
@@ -45,6 +44,11 @@ def stage_folder(
         return
     with exclusive(path):
         yield path
+
+
+def stored_buffers(store: dict[str, Stored]) -> dict[str, Tensor]:
+    """All buffers of stored tensors, as "name of the tensor buffer"."""
+    return {f"{name} {key}": t for name, held in store.items() for key, t in held.named_buffers()}
 
 
 def save_part(path: Path, parts: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -31,7 +31,7 @@ from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
 from jlcm.learning.report import OnResult, collector, ignore
-from jlcm.learning.resume import restore_part, save_part, stage_folder
+from jlcm.learning.resume import restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
 
@@ -118,7 +118,9 @@ def learn_layers(
     )
     store = dict(stored_tensors(packed))
     (results, finish), modules = collector(on_result), dict(reference.named_modules())
-    with stage_folder(folder, f"{options!r} {seed}", store, calibration.inputs) as folder:
+    with stage_folder(
+        folder, f"{options!r} {seed}", stored_buffers(store), calibration.inputs
+    ) as folder:
         bar = tqdm(
             calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False
         )
