@@ -6,6 +6,7 @@ unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -253,7 +254,7 @@ def unexplained_parts(
     Returns:
         By name a number in (0, 1]; 1 for a weight that is no plain product.
     """
-    columns: dict[str, list[Tensor]] = {name: [] for name in weights}
+    sums: dict[str, _Sums] = {}
     size, count = sum(map(len, batches)), 0
 
     def see(name: str, product: Product) -> None:
@@ -261,32 +262,43 @@ def unexplained_parts(
         wanted = -(-max(8 * min(product.length(), MOST_COLUMNS), 4096) // size)
         found = product.columns(product.sample(wanted, count, generator), count)
         inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
-        columns[name].append(found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2))
+        columns = found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2).float()
+        sums.setdefault(name, _Sums()).add(columns)
 
     with watching_products(model, weights, see):
         for batch in batches:
             count = len(batch)
             model(batch)
-    return {
-        name: _unexplained(torch.cat(found, -1).float()) if found else 1.0
-        for name, found in columns.items()
-    }
+    return {name: sums[name].unexplained() if name in sums else 1.0 for name in weights}
 
 
-def _unexplained(columns: Tensor) -> float:
-    """`unexplained_parts` of columns (groups, n, positions), n in random order."""
-    # So few positions would explain any input; the rest counts as unexplained.
-    columns = columns[:, : max(columns.shape[-1] // 4, 1)]
-    energy = columns.square().mean(-1)
-    centred = columns - columns.mean(-1, keepdim=True)
-    gram = (centred @ centred.mT / columns.shape[-1]).double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = 0.01 * diagonal.mean(-1, keepdim=True) + 1e-12 * energy.mean() + 1e-30
-    # The input of least energy last: those before it are rounded first, as by the solver.
-    order = diagonal.mean(0).argsort()
-    gram = (gram + torch.diag_embed(ridge.expand_as(diagonal)))[:, order][:, :, order]
-    factor = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
-    return min(float(factor.square().sum() / energy.double().sum().clamp(min=1e-300)), 1.0)
+@dataclass
+class _Sums:
+    """Sums over positions of a layer's columns (groups, n, positions), n in random order."""
+
+    gram: Tensor | float = 0.0  # (groups, n, n)
+    inputs: Tensor | float = 0.0  # (groups, n)
+    count: int = 0
+
+    def add(self, columns: Tensor) -> None:
+        self.gram += columns @ columns.mT
+        self.inputs += columns.sum(-1)
+        self.count += columns.shape[-1]
+
+    def unexplained(self) -> float:
+        """Part of the energy that the other inputs do not explain."""
+        # So few positions would explain any input; the rest counts as unexplained.
+        n = max(self.count // 4, 1)
+        gram, mean = self.gram[:, :n, :n].double() / self.count, self.inputs[:, :n] / self.count
+        energy = gram.diagonal(dim1=-2, dim2=-1)
+        gram = gram - mean.double()[:, :, None] * mean.double()[:, None]
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        ridge = 0.01 * diagonal.mean(-1, keepdim=True) + 1e-12 * energy.mean() + 1e-30
+        # The input of least energy last: those before it are rounded first, as by the solver.
+        order = diagonal.mean(0).argsort()
+        gram = (gram + torch.diag_embed(ridge.expand_as(diagonal)))[:, order][:, :, order]
+        factor = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
+        return min(float(factor.square().sum() / energy.sum().clamp(min=1e-300)), 1.0)
 
 
 def _first(inputs: Sequence[Tensor] | Tensor, count: int, size: int) -> list[Tensor]:
