@@ -51,7 +51,7 @@ class Blocks:
     lr_codes: float = 0.0
     weights: int = 2
     held_out: float = 0.1
-    memory: int = 2 * 2**30
+    memory: int = 3 * 2**29
     precision: str = "auto"
 
     def __post_init__(self) -> None:

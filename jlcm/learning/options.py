@@ -100,7 +100,7 @@ class Learn:
     held_out: float = 0.1
     positions: int = 32
     forward_batch: int = 32
-    memory: int = 2 * 2**30
+    memory: int = 3 * 2**29
     precision: str = "auto"
 
     def __post_init__(self) -> None:
