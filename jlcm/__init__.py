@@ -19,6 +19,7 @@ from jlcm.architecture import Architecture  # noqa: E402
 from jlcm.checkpoint import CheckpointError, load, save  # noqa: E402
 from jlcm.compress import compress  # noqa: E402
 from jlcm.config import Encoding, Init  # noqa: E402
+from jlcm.diffusion import layers_of, pipeline_network, record_calls  # noqa: E402
 from jlcm.footprint import Footprint, footprint, resident_bytes  # noqa: E402
 from jlcm.learning.blocks import Blocks  # noqa: E402
 from jlcm.learning.distill import Distill  # noqa: E402
@@ -42,10 +43,13 @@ __all__ = [
     "activation_footprint",
     "compress",
     "footprint",
+    "layers_of",
     "linear_and_convolution",
     "load",
     "measured_activation_peak",
+    "pipeline_network",
     "quantize",
+    "record_calls",
     "resident_bytes",
     "save",
     "with_embeddings",

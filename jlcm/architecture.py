@@ -3,17 +3,25 @@
 import importlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jlcm.pipeline import PipelineNetwork
+
 #: Packages whose functions a packed file may call, directly or through the package above. A file
 #: from elsewhere must not run arbitrary code: `jlcm.load` refuses every other builder.
-TRUSTED_PACKAGES = ("torchvision.models", "timm.models", "transformers.models")
+TRUSTED_PACKAGES = (
+    "torchvision.models",
+    "timm.models",
+    "transformers.models",
+    "diffusers.models",
+    "diffusers.pipelines",
+)
 #: Keys of a configuration that name code outside transformers, or say what wrote which weights.
 _LEFT_OUT = (
     "architectures",
@@ -32,11 +40,12 @@ class Architecture:
         builder: "module:function", for instance "torchvision.models:resnet18", or one of
             transformers' model classes or auto classes, "transformers:LlamaForCausalLM".
         arguments: keyword arguments of the function, JSON types only; for transformers
-            {"config": ...}, what the configuration's `to_dict` returns.
+            {"config": ...}, what the configuration's `to_dict` returns, and for a pipeline of
+            diffusers {"components": {name: {"builder": ..., "arguments": ...}, ...}}.
 
     Raises:
-        ValueError: for a builder outside torchvision, timm and transformers, or arguments of other
-            types.
+        ValueError: for a builder outside torchvision, timm, transformers and diffusers, or arguments of
+            other types.
     """
 
     builder: str
@@ -77,6 +86,22 @@ class Architecture:
         config = json.loads(json.dumps(_plain_config(model.config.to_dict()), sort_keys=True))
         return cls(builder=f"transformers:{kind.__name__}", arguments={"config": config})
 
+    @classmethod
+    def of_pipeline(cls, pipeline: Any, components: Sequence[str]) -> "Architecture":
+        """How to build the network of a pipeline of diffusers again (`jlcm.pipeline_network`).
+
+        Args:
+            pipeline: the pipeline.
+            components: names of the components that the network has.
+
+        Raises:
+            ValueError: if a class is not one of diffusers' or transformers' own.
+        """
+        described = {name: asdict(_of_component(getattr(pipeline, name))) for name in components}
+        kind, diffusers = type(pipeline).__name__, importlib.import_module("diffusers")
+        builder = f"diffusers:{kind if hasattr(diffusers, kind) else 'DiffusionPipeline'}"
+        return cls(builder=builder, arguments={"components": described})
+
     def build(self, device: str = "meta") -> nn.Module:
         """Build the network in evaluation mode.
 
@@ -107,7 +132,10 @@ class Architecture:
         # Trusted packages import functions from elsewhere, which are reachable through them.
         if not callable(build) or not _trusted(getattr(build, "__module__", None) or ""):
             raise ValueError(f"architecture builder {self.builder!r} is no function of its package")
-        if module.partition(".")[0] == "transformers":
+        library = module.partition(".")[0]
+        if library == "diffusers" and "components" in self.arguments:
+            return _from_components(build, **self.arguments)
+        if library in ("transformers", "diffusers"):
             return _from_config(build, **self.arguments)
         return partial(build, **self.arguments)
 
@@ -131,6 +159,8 @@ def _from_config(kind: type, config: dict[str, Any]) -> Callable[[], nn.Module]:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     config = _plain_config(config)
+    if hasattr(kind, "load_config"):  # diffusers
+        return _from_diffusers(kind, config)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         config_class, build = kind.config_class, kind._from_config
     elif isinstance(kind, type) and issubclass(kind, _BaseAutoModelClass):
@@ -141,6 +171,35 @@ def _from_config(kind: type, config: dict[str, Any]) -> Callable[[], nn.Module]:
     if not _trusted(config_class.__module__):
         raise ValueError(f"{config_class.__name__} is no configuration of transformers itself")
     return lambda: build(config_class.from_dict(config))
+
+
+def _from_diffusers(kind: type, config: dict[str, Any]) -> Callable[[], nn.Module]:
+    """A call that builds a model of diffusers from the plain form of its configuration."""
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{kind.__name__} is no model class of diffusers")
+    return lambda: kind.from_config(config)
+
+
+def _from_components(kind: type, components: dict[str, Any]) -> Callable[[], nn.Module]:
+    """A call that builds the network of a pipeline of diffusers."""
+    if not (isinstance(kind, type) and hasattr(kind, "register_modules")):
+        raise ValueError(f"{kind.__name__} is no pipeline class of diffusers")
+    builders = {name: Architecture(**parts)._builder() for name, parts in components.items()}
+    return lambda: PipelineNetwork({name: build() for name, build in builders.items()})
+
+
+def _of_component(module: nn.Module) -> Architecture:
+    """How to build a component of a pipeline."""
+    kind = next(k for k in type(module).__mro__ if not k.__module__.startswith("jlcm."))
+    if kind.__module__.startswith("transformers."):
+        return Architecture.of_transformers(module)
+    if not _trusted(kind.__module__):
+        raise ValueError(f"{kind.__name__} is not a class of diffusers itself")
+    public = hasattr(importlib.import_module("diffusers"), kind.__name__)
+    where = "diffusers" if public else kind.__module__
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    config = json.loads(json.dumps(_plain_config(dict(config)), sort_keys=True))
+    return Architecture(builder=f"{where}:{kind.__name__}", arguments={"config": config})
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:

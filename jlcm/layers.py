@@ -123,6 +123,29 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Stored]]:
                 yield (f"{module_name}.{name}" if module_name else name), stored
 
 
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Floating dtype that a network computes in, packed or not: that of its first weight."""
+    stored = (held.dtype for _, held in stored_tensors(model))
+    dtypes = [*stored] or [tensor.dtype for tensor in model.parameters()]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def packed_subclass(
+    mixin: type, kind: type[nn.Module], kept: tuple[str, ...] = ()
+) -> type[nn.Module]:
+    """Subclass of another library's class for packed models, which goes by that class's name.
+
+    Args:
+        mixin: with the methods that differ.
+        kind: the class, or one that `store` made of it.
+        kept: class methods that make models anew, which are not packed.
+    """
+    origin = next(k for k in kind.__mro__ if not k.__module__.startswith("jlcm."))
+    body = {"__module__": origin.__module__, "__qualname__": origin.__qualname__}
+    body |= {name: getattr(origin, name) for name in kept}
+    return type(origin.__name__, (mixin, kind), body)
+
+
 @cache
 def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
