@@ -44,8 +44,8 @@ class Architecture:
             diffusers {"components": {name: {"builder": ..., "arguments": ...}, ...}}.
 
     Raises:
-        ValueError: for a builder outside torchvision, timm, transformers and diffusers, or arguments of
-            other types.
+        ValueError: for a builder outside torchvision, timm, transformers and diffusers, or for
+            arguments of other types.
     """
 
     builder: str

@@ -31,7 +31,14 @@ from jlcm.layers import (
     unclip,
 )
 from jlcm.packed import PackedWeight, StoredWeight
-from jlcm.reading import FORMAT_VERSION, CheckpointError, digest, read_config, read_tensors
+from jlcm.reading import (
+    FORMAT_VERSION,
+    CheckpointError,
+    digest,
+    read_config,
+    read_header,
+    read_tensors,
+)
 from jlcm.uniform import UniformWeight
 
 
@@ -81,10 +88,11 @@ def load(
     path: str | os.PathLike,
     *,
     model: nn.Module | None = None,
-    device: str | torch.device = "cpu",
+    into: Any = None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
-) -> nn.Module:
+) -> Any:
     """Load a compressed network without its original weights.
 
     The file is mapped, not read: on the CPU the codes stay in the page cache until they are used.
@@ -94,18 +102,25 @@ def load(
             transformers model, which its `from_pretrained` then loads.
         model: a network of the same architecture (any weights, meta device welcome), used up;
             needed only if the file names no architecture.
-        device: where the network runs.
+        into: a pipeline of diffusers, whose components take the packed ones of the file
+            (`jlcm.pipeline_network`) in the place of theirs.
+        device: where the network runs; None for the CPU, or where the pipeline is.
         dtype: floating dtype of the computation; None for that of the saved network. In models of
             transformers buffers keep theirs, as in its `from_pretrained`.
         verify: check the file's blake2b, which reads it once; a folder's always is.
 
     Returns:
-        The network, packed, in evaluation mode.
+        The network, packed, in evaluation mode, or the pipeline.
 
     Raises:
         CheckpointError: file missing, truncated, tampered with, of another format version, or not
-            fitting the architecture.
+            fitting the architecture or the pipeline.
     """
+    if into is not None:
+        home = into.device if device is None else device
+        model = _like(path, into)
+        return put_into(into, load(path, model=model, device=home, dtype=dtype, verify=verify))
+    device = "cpu" if device is None else device
     if Path(path).is_dir():
         return _load_folder(path, model, device, dtype)
     header, tensors = read_tensors(path, verify=verify)
@@ -123,6 +138,42 @@ def load(
     return model if dtype is None else getattr(model, "compute_in", model.to)(dtype)
 
 
+def put_into(pipeline: Any, network: nn.Module) -> Any:
+    """Set the components of a pipeline of diffusers, in place; returns the pipeline.
+
+    Raises:
+        ValueError: the network has none, or the pipeline has no such components.
+    """
+    components = getattr(network, "components", None)
+    if not components:
+        raise ValueError(f"{type(network).__name__} is no network of jlcm.pipeline_network")
+    if lacking := sorted(components.keys() - pipeline.components.keys()):
+        raise ValueError(f"{type(pipeline).__name__} has no component {', '.join(lacking)}")
+    for name, component in components.items():
+        setattr(pipeline, name, component)
+    return pipeline
+
+
+def _like(path: str | os.PathLike, pipeline: Any) -> nn.Module:
+    """An empty network of the classes and sizes that a pipeline's components have."""
+    described = read_header(path)["architecture"] or {}
+    names = described.get("arguments", {}).get("components", {})
+    if not names:
+        raise CheckpointError(f"{path}: names no components of a pipeline, load it without into=")
+    kind = type(pipeline).__name__
+    try:
+        architecture = Architecture.of_pipeline(pipeline, list(names))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit {kind}: {error}") from error
+    for name, found in architecture.arguments["components"].items():
+        theirs, ours = (d["builder"].partition(":")[2] for d in (names[name], found))
+        if theirs != ours:
+            raise CheckpointError(f"{path}: its {name} is a {theirs}, that of {kind} a {ours}")
+    model = _build(path, architecture)
+    model.architecture = architecture
+    return model
+
+
 def _load_folder(
     path: str | os.PathLike,
     model: nn.Module | None,
@@ -132,6 +183,8 @@ def _load_folder(
     """What `from_pretrained` makes of a folder; it calls back into jlcm."""
     if model is not None:
         raise CheckpointError(f"{path}: a folder says what to build, load it without model=")
+    if (Path(path) / "model_index.json").is_file():
+        raise CheckpointError(f"{path}: a folder of a pipeline, call jlcm.load_pipeline")
     kind = _architecture(path, read_config(path)[1]).model_class()
     return kind.from_pretrained(path, dtype="auto" if dtype is None else dtype).to(device)
 

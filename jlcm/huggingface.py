@@ -23,7 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from jlcm.architecture import Architecture
 from jlcm.checkpoint import check_filled, describe, fill, plain_buffers
 from jlcm.compress import Compression
-from jlcm.layers import STORE, WHEN_PACKED, HalfTensor, stored_tensors
+from jlcm.layers import (
+    STORE,
+    WHEN_PACKED,
+    HalfTensor,
+    computing_dtype,
+    packed_subclass,
+    stored_tensors,
+)
 from jlcm.model_card import write_model_card
 from jlcm.packed import StoredWeight
 from jlcm.reading import (
@@ -202,14 +209,8 @@ def _places(model: nn.Module, tied: set[str]) -> dict[str, str]:
 class _Packed:
     """What a packed model does otherwise than transformers' own class, which has parameters."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtypes = (stored.dtype for _, stored in stored_tensors(self))
-        return next(dtype for dtype in dtypes if dtype.is_floating_point)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.buffers()).device
+    dtype = property(computing_dtype)
+    device = property(lambda self: next(self.buffers()).device)
 
     def compute_in(self, dtype: torch.dtype) -> nn.Module:
         """Choose the dtype that stored tensors are decoded to, as `from_pretrained` does, in place.
@@ -271,26 +272,21 @@ class _Packed:
 
 @cache
 def _packed_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Subclass with the methods of `_Packed`, by the name and module of transformers' class."""
-    origin = next(k for k in kind.__mro__ if not k.__module__.startswith("jlcm."))
-    body = {"__module__": origin.__module__, "__qualname__": origin.__qualname__}
-    # What the class makes anew is not packed.
-    body |= {name: getattr(origin, name) for name in ("from_pretrained", "_from_config")}
-    return type(origin.__name__, (_Packed, kind), body)
+    return packed_subclass(_Packed, kind, ("from_pretrained", "_from_config"))
 
 
 def adapt(model: nn.Module) -> None:
     """Have a packed model of transformers work with `generate` and `save_pretrained`, in place.
 
     Args:
-        model: just packed; others than transformers' are left alone.
+        model: just packed; of another network the models of transformers in it are adapted.
     """
-    if not isinstance(model, PreTrainedModel):
-        return
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, _Packed):
             module.__class__ = _packed_class(type(module))
             module.all_tied_weights_keys = {}  # they are tied already
+    if not isinstance(model, PreTrainedModel):
+        return
     model._keys_to_ignore_on_save = None
     parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
     for config in (model.config, *filter(None, parts)):  # as transformers loads them
