@@ -115,7 +115,7 @@ def compress(
         calibration: unlabelled inputs as the network takes them, one tensor (n, ...) or a list of
             such batches, for `learn`, `blocks`, `distill`, `allocation="auto"` and
             `importance="fisher"`. For the last three the network must return logits,
-            (n, ..., classes).
+            (n, ..., classes), or be a `jlcm.pipeline_network`.
         learn: learn codebooks and codes layer by layer (Eq. 5 to 9); None to leave it out.
         blocks: then tune block by block; None to leave it out.
         distill: then tune the network end to end; None to leave it out.

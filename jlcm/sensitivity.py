@@ -16,7 +16,14 @@ from tqdm import tqdm
 from jlcm.clustering.scalar import assign, cluster
 from jlcm.decoder import recorded_layers, skipped_layers
 from jlcm.learning.calibration import split_inputs
-from jlcm.learning.forward import divergence, logits_of, outputs_of, precision, to_device
+from jlcm.learning.forward import (
+    distribution_of,
+    divergence,
+    logits_of,
+    outputs_of,
+    precision,
+    to_device,
+)
 from jlcm.learning.products import Product, watching_products
 from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.select import as_matrix
@@ -58,7 +65,8 @@ def fisher_information(
     the square of a sum over several inputs is, in the mean, the sum of the squares.
 
     Args:
-        model: returns logits (n, ..., classes), which count for each position.
+        model: returns logits (n, ..., classes), which count for each position, or means of normal
+            distributions (`jlcm.learning.forward.distribution_of`).
         weights: parameters of the model by name.
         inputs: unlabelled calibration inputs (n, ...) or batches of them.
         seed: of the labels.
@@ -102,9 +110,7 @@ def fisher_information(
                     logits = logits_of(model(to_device(x, device)), "the network").float()
                 if not logits.isfinite().all():
                     raise ValueError("outputs on the calibration inputs contain NaN or Inf")
-                shares = logits.detach().softmax(-1).flatten(0, -2).cpu()
-                labels = torch.multinomial(shares, 1, generator=generator).to(device)
-                logits.log_softmax(-1).flatten(0, -2).gather(1, labels).sum().backward()
+                distribution_of(model).drawn(logits.flatten(0, -2), generator).backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,7 +143,7 @@ def estimate_distortions(
     conditional variance of its inputs, over their mean square.
 
     Args:
-        model: returns logits (n, ..., classes).
+        model: as for `fisher_information`.
         weights: parameters of the model by name.
         inputs: unlabelled calibration inputs (n, ...) or batches of them.
         fisher: of `fisher_information`.
@@ -180,7 +186,8 @@ def estimate_distortions(
                 weight.data.copy_(coded)
                 try:
                     with skipped_layers(model, states, name):
-                        measured = divergence(outputs_of(model, x, device, "the network"), target)
+                        output = outputs_of(model, x, device, "the network")
+                    measured = divergence(output, target, distribution=distribution_of(model))
                 finally:
                     weight.data.copy_(original)
                 divergence_ = max(divergence_, measured.item())

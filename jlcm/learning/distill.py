@@ -25,6 +25,7 @@ from jlcm.layers import stored_tensors
 from jlcm.learning.forward import (
     PRECISIONS,
     augment,
+    distribution_of,
     divergence,
     divergences,
     logits_of,
@@ -60,7 +61,7 @@ class Distill:
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
             runs on a ResNet-18, moving them from the start was worse than keeping them.
         codes_start: share of the training, from its beginning, during which the codes stay.
-        temperature: of both output distributions.
+        temperature: of both output distributions, if they are of classes.
         flip: mirror images at random, left to right.
         crop: side in pixels of random windows of the images that are trained on, None for whole
             images. The original sees the same windows.
@@ -222,6 +223,7 @@ class _Run:
     ) -> None:
         self.packed, self.reference, self.inputs = packed, reference, inputs
         self.options, self.seed, self.device = options, seed, device
+        self.distribution = distribution_of(reference)
         self.before_step = before_step or (lambda done: None)
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
@@ -340,7 +342,8 @@ class _Run:
             with torch.no_grad():
                 target = logits_of(self.reference(x), "the original network")
             output = logits_of(self.twin(x), "the compressed network")
-        loss = divergence(output, target, self.options.temperature) * (len(x) / count)
+        loss = divergence(output, target, self.options.temperature, self.distribution)
+        loss = loss * (len(x) / count)
         loss.backward()
         return loss.detach()
 
@@ -368,7 +371,7 @@ class _Run:
                 f"the original's {tuple(self.targets.shape)}: give the network it was made from"
             )
         pairs = zip(outputs.split(1), self.targets.split(1), strict=True)
-        return torch.cat([divergences(output, target) for output, target in pairs])
+        return torch.cat([divergences(*pair, self.distribution) for pair in pairs])
 
     def _moved_codes(self) -> float:
         moved = count = 0

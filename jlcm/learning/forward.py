@@ -1,8 +1,9 @@
 """Run networks on calibration inputs: augmentation, precision, outputs and their divergence."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,23 +73,75 @@ def _window(image: Tensor, size: Sequence[int], generator: torch.Generator) -> T
     return image[:, top : top + height, left : left + width]
 
 
-def divergence(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL(target || output) over rows of the last dimension, times the squared temperature."""
-    return (
-        divergences(output.float() / temperature, target.float() / temperature).mean()
-        * temperature**2
-    )
+@dataclass(frozen=True)
+class OutputDistribution:
+    """The distribution of labels that a network's outputs are parameters of.
+
+    Attributes:
+        divergences: (rows,) float32 KL(target || output) of float32 parameters (rows, size).
+        drawn: log-likelihood of one label a row, drawn from the distribution itself, summed up. Its
+            gradient has mean zero, and the Fisher information as second moment.
+    """
+
+    divergences: Callable[[Tensor, Tensor], Tensor]
+    drawn: Callable[[Tensor, torch.Generator], Tensor]
 
 
-def divergences(output: Tensor, target: Tensor) -> Tensor:
+def _divergences_of_logits(output: Tensor, target: Tensor) -> Tensor:
+    output, target = output.log_softmax(-1), target.log_softmax(-1)
+    return F.kl_div(output, target, log_target=True, reduction="none").sum(-1)
+
+
+def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
+    shares = logits.detach().softmax(-1).cpu()
+    labels = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+    return logits.log_softmax(-1).gather(1, labels).sum()
+
+
+def _divergences_of_means(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum(-1) / 2
+
+
+def _drawn_values(means: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(means.shape, generator=generator).to(means.device)
+    return -(means.detach() + noise - means).square().sum() / 2
+
+
+#: Outputs are logits of classes.
+CATEGORICAL = OutputDistribution(_divergences_of_logits, _drawn_class)
+#: Outputs are means of independent normal distributions of variance 1.
+GAUSSIAN = OutputDistribution(_divergences_of_means, _drawn_values)
+
+
+def distribution_of(model: nn.Module) -> OutputDistribution:
+    """Gaussian where the network's attribute `output_distribution` says so, else categorical."""
+    gaussian = getattr(model, "output_distribution", "categorical") == "gaussian"
+    return GAUSSIAN if gaussian else CATEGORICAL
+
+
+def divergence(
+    output: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    distribution: OutputDistribution = CATEGORICAL,
+) -> Tensor:
+    """Mean KL(target || output) over rows of the last dimension, times the squared temperature.
+
+    A Gaussian's does not depend on the temperature.
+    """
+    output, target = output.float() / temperature, target.float() / temperature
+    return divergences(output, target, distribution).mean() * temperature**2
+
+
+def divergences(
+    output: Tensor, target: Tensor, distribution: OutputDistribution = CATEGORICAL
+) -> Tensor:
     """(rows,) float32 KL(target || output) of each row of the last dimension."""
-    output = output.float().log_softmax(-1).flatten(0, -2)
-    target = target.float().log_softmax(-1).flatten(0, -2)
-    return nn.functional.kl_div(output, target, log_target=True, reduction="none").sum(-1)
+    return distribution.divergences(output.float().flatten(0, -2), target.float().flatten(0, -2))
 
 
 def logits_of(output: object, network: str) -> Tensor:
-    """Logits of what a network returned, (n, ..., classes).
+    """Parameters of the output distribution that a network returned: logits (n, ..., classes).
 
     Raises:
         ValueError: it is neither such a tensor nor has one as `logits`; `network` names it.
@@ -103,12 +156,13 @@ def logits_of(output: object, network: str) -> Tensor:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Tensor, device: torch.device, network: str) -> Tensor:
-    """Logits of all inputs, float32 on `device`, without gradients.
+    """Outputs (`logits_of`) for all inputs, float32 on `device`, without gradients.
 
     Raises:
         ValueError: NaN or Inf among them.
     """
-    parts = split_sequences(inputs, EVALUATION_BATCH)
+    most = getattr(model, "evaluation_batch", EVALUATION_BATCH)
+    parts = split_sequences(inputs, min(most, EVALUATION_BATCH))
     outputs = torch.cat([logits_of(model(to_device(x, device)), network).float() for x in parts])
     if not outputs.isfinite().all():
         raise ValueError(f"outputs of {network} on the calibration inputs contain NaN or Inf")

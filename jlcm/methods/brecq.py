@@ -17,7 +17,7 @@ from jlcm.config import Invalid, check_choice
 from jlcm.layers import STORE, stored_tensors
 from jlcm.learning.blocks import Run, find_blocks
 from jlcm.learning.calibration import Calibration
-from jlcm.learning.forward import PRECISIONS, divergence, logits_of, precision
+from jlcm.learning.forward import PRECISIONS, distribution_of, divergence, logits_of, precision
 from jlcm.learning.report import collector
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.adaround import AdaRound, adaround
@@ -180,7 +180,9 @@ class _Block:
             calibration.run(1, whole, self.run.start, len(nodes))
         calibration.run(0, state, self.run.stop, len(nodes))
         logits, target = (logits_of(calibration.output(s), "the network") for s in (state, whole))
-        (gradient,) = torch.autograd.grad(divergence(logits, target) * len(output), output)
+        distribution = distribution_of(calibration.reference)
+        loss = divergence(logits, target, distribution=distribution) * len(output)
+        (gradient,) = torch.autograd.grad(loss, output)
         return (gradient.abs() + 1).square().cpu()
 
     def _state(self, number: int, model: int) -> dict:
