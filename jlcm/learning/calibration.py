@@ -1,8 +1,8 @@
 """What each layer sees on the calibration inputs, in the compressed network and in its reference.
 
 Both networks run side by side, layer by layer in forward order. Where torch.fx can trace the
-network, activations are kept on the way and only the nodes after them run again; elsewhere both
-networks run from their inputs for every layer.
+network, activations are kept on the way and only the nodes after them run again; elsewhere the
+arguments of modules around a layer are.
 """
 
 import math
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from jlcm.hooks import stopping
 from jlcm.layers import STORE, HalfTensor, is_static_norm
 from jlcm.learning.activations import Activations, State
+from jlcm.learning.nested import NestedCalls
 from jlcm.learning.products import Product, output_columns, product_of
 from jlcm.packed import StoredWeight
 
@@ -130,6 +130,9 @@ class Calibration:
         packed.eval().to(device)
         reference.eval()
         self._trace()
+        self._nested = NestedCalls(
+            self._modules, self.inputs, memory=memory, folder=folder, device=device
+        )
         self.layers, self.skipped = self._find_layers()
 
     def pairs(self, index: int) -> Iterator[tuple[Product, Tensor, Tensor]]:
@@ -198,6 +201,7 @@ class Calibration:
                     stored.setdefault(name, []).append((tensor, held))
         calls = self._calls()
         counts = Counter(name for name, _ in calls)
+        self._nested.plan([name for name, _ in calls], [n for n, _ in calls if n in stored])
         layers, skipped, seen = [], {}, set()
         for module, position in calls:
             names = [module] if module in stored else []
@@ -319,8 +323,7 @@ class Calibration:
     def _arguments(self, layer: Layer) -> Iterator[tuple[tuple[tuple, dict], ...]]:
         """Arguments of a layer's module in (compressed, reference) network, batch by batch."""
         if self.nodes is None:
-            for batch in self.inputs:
-                yield tuple(self._stopped(model, layer.module, batch) for model in range(2))
+            yield from self._nested(layer.module)
             return
         node = self.nodes[layer.position]
         for states in self.states(layer.position):
@@ -382,13 +385,6 @@ class Calibration:
         return {
             k: v.to(self.device, copy=copy) if isinstance(v, Tensor) else v for k, v in env.items()
         }
-
-    def _stopped(self, model: int, name: str, batch: Tensor) -> tuple[tuple, dict]:
-        with stopping(self._modules[model][name]) as found:
-            (self.packed, self.reference)[model](batch.to(self.device))
-        if not found:
-            raise NotImplementedError("it does not run on every calibration batch")
-        return found[0]
 
 
 def split_inputs(batches: Sequence[Tensor] | Tensor, size: int) -> list[Tensor]:

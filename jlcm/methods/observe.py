@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jlcm.learning.calibration import stopping
+from jlcm.hooks import stopping
 from jlcm.learning.decoder import decoder_layers
 from jlcm.learning.products import Product, watching_products
 from jlcm.learning.sequential import joined
