@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from jlcm.hooks import Stopped, replaced_forwards
 from jlcm.permutation import Member, PermutationGroup
+from jlcm.pipeline import PipelineNetwork
 from jlcm.reorder import permutation_groups
 
 
@@ -55,9 +56,16 @@ def before_layers(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[tuple[
 
 
 @contextmanager
-def recorded_layers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what the decoder layers of a forward are given; nothing of a network without them."""
-    states: list[Tensor] = []
+def recorded_layers(model: nn.Module) -> Iterator[list[Any]]:
+    """Keep what the decoder layers of a forward are given, or the components of a pipeline return.
+
+    Nothing of a network without them.
+    """
+    if isinstance(model, PipelineNetwork):
+        with model.recorded() as states:
+            yield states
+        return
+    states = []
     name = decoder_layers(model)
     layers = () if name is None else model.get_submodule(name)
     hooks = [
@@ -71,14 +79,18 @@ def recorded_layers(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def skipped_layers(model: nn.Module, states: list[Tensor], tensor: str) -> Iterator[None]:
-    """Run forwards on the same input from the decoder layer on that has a tensor.
+def skipped_layers(model: nn.Module, states: list[Any], tensor: str) -> Iterator[None]:
+    """Run forwards on the same input from the decoder layer, or the component, that has a tensor.
 
     Args:
         model: a network.
-        states: of `recorded_layers`, of one forward.
+        states: of `recorded_layers`, of one forward; of a pipeline, of all that are run again.
         tensor: name of a parameter; one outside the decoder layers skips nothing.
     """
+    if isinstance(model, PipelineNetwork):
+        with model.repeating(states, tensor.partition(".")[0]):
+            yield
+        return
     name = decoder_layers(model)
     inside = name is not None and tensor.startswith(f"{name}.")
     index = int(tensor.removeprefix(f"{name}.").split(".")[0]) if inside else 0

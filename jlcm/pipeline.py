@@ -7,6 +7,7 @@ VAE's decoder.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,9 @@ class PipelineNetwork(nn.Module):
         for name, component in components.items():
             self.add_module(name, component)
         self.format: Format | None = None
+        self._outputs = 0  # of a row, known after a forward
+        self._record: list[dict[str, list[Tensor]]] | None = None
+        self._known: Iterator[dict[str, list[Tensor]]] = iter(())
         self.eval()
 
     @property
@@ -128,6 +132,32 @@ class PipelineNetwork(nn.Module):
     def evaluation_batch(self) -> int:
         """Samples that run at once where no gradients are needed."""
         return max(_MOST_OUTPUTS // max(self._outputs, 1), 1)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[dict[str, list[Tensor]]]]:
+        """Keep what the components return in each forward."""
+        self._record = []
+        try:
+            yield self._record
+        finally:
+            self._record = None
+
+    @contextmanager
+    def repeating(self, record: list[dict[str, list[Tensor]]], component: str) -> Iterator[None]:
+        """Run forwards on recorded calls again, of which one component has changed.
+
+        Args:
+            record: of `recorded`.
+            component: that runs, with those that are given what it returns.
+        """
+        linked = any(owner == component for link in self.format.links for owner, _ in link.parts)
+        changed = {component, *(DENOISERS if linked else ())}
+        known = [{n: o for n, o in done.items() if n not in changed} for done in record]
+        self._known = iter(known)
+        try:
+            yield
+        finally:
+            self._known = iter(())
 
     def compute_in(self, dtype: torch.dtype) -> "PipelineNetwork":
         """Choose the dtype that all components compute in, in place."""
@@ -168,7 +198,9 @@ class PipelineNetwork(nn.Module):
 
     def run(self, calls: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
         """Name and returned tensors of each component, in the order in which they run."""
-        done: dict[str, list[Tensor]] = {}
+        known, done = next(self._known, {}), {}
+        if self._record is not None:
+            self._record.append(done)
         start, flags = 0, calls[:, calls.shape[1] - len(self.format.links) :] > 0
         for name, call in self.format.calls.items():
             component = self.get_submodule(name)
@@ -186,12 +218,12 @@ class PipelineNetwork(nn.Module):
                     given = leaves[link.leaf]
                     flag = flag.view(-1, *[1] * (given.dim() - 1))
                     leaves[link.leaf] = torch.where(flag, live.to(given.dtype), given)
-            args, kwargs = tree_unflatten(leaves, call.structure)
-            done[name] = returned_tensors(getattr(component, call.method)(*args, **kwargs))
+            if name in known:
+                done[name] = known[name]
+            else:
+                args, kwargs = tree_unflatten(leaves, call.structure)
+                done[name] = returned_tensors(getattr(component, call.method)(*args, **kwargs))
             yield name, done[name]
-
-    #: Outputs of a row, known after a forward.
-    _outputs = 0
 
 
 def returned_tensors(output: Any) -> list[Tensor]:
