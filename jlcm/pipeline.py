@@ -95,6 +95,10 @@ class Format:
     calls: dict[str, Call]
     links: tuple[Link, ...] = ()
 
+    def __deepcopy__(self, memo: dict) -> "Format":
+        """Nothing of it changes: copies of a network share it."""
+        return self
+
     @property
     def features(self) -> int:
         """Columns of the recorded calls."""
@@ -222,7 +226,10 @@ class PipelineNetwork(nn.Module):
                 done[name] = known[name]
             else:
                 args, kwargs = tree_unflatten(leaves, call.structure)
-                done[name] = returned_tensors(getattr(component, call.method)(*args, **kwargs))
+                function = getattr(component, call.method)
+                if call.method == "forward":
+                    function = component  # with its hooks
+                done[name] = returned_tensors(function(*args, **kwargs))
             yield name, done[name]
 
 
