@@ -5,7 +5,8 @@ error of the weights weighted by the Fisher information, whose diagonal is estim
 unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same quantity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,31 +97,109 @@ def fisher_information(
         return add
 
     bar = tqdm(steps, desc="sensitivity", unit="step", disable=not progress, leave=False)
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    hooks = []
-    try:
-        model.requires_grad_(False)
+    with _frozen(model), ExitStack() as hooks:
         for name, weight in weights.items():
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(adds(sums[name])))
+            hooks.callback(weight.register_post_accumulate_grad_hook(adds(sums[name])).remove)
         for x in bar:
-            with torch.enable_grad():
-                # Sequences are long, and their sums forgive some rounding.
-                with precision("fp32" if x.is_floating_point() else "auto", device):
-                    logits = logits_of(model(to_device(x, device)), "the network").float()
-                if not logits.isfinite().all():
-                    raise ValueError("outputs on the calibration inputs contain NaN or Inf")
-                distribution_of(model).drawn(logits.flatten(0, -2), generator).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
+            _log_likelihood(model, x, generator, device).backward()
     count = sum(map(len, steps))
     found = {name: (total / count).cpu() for name, total in sums.items()}
     if not all(values.isfinite().all() for values in found.values()):
         raise ValueError("gradients on the calibration inputs are NaN or infinite")
     return found
+
+
+def position_weights(
+    model: nn.Module,
+    modules: Collection[str],
+    inputs: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """How much errors at each position of a layer's output change the network's output.
+
+    It is the squared gradient of the log-likelihood of labels drawn from the network's own output
+    distribution, mean over the rows (GuidedQuant, Kim et al., 2025, with one group of rows).
+
+    Args:
+        model: as for `fisher_information`.
+        modules: names of linear layers and convolutions that run once; others are passed over.
+        inputs: batches of calibration inputs.
+        seed: of the labels.
+        device: where it runs; the model stays there.
+        progress: show a progress bar.
+
+    Returns:
+        By name of module (n, positions) float32 on the CPU, of mean 1. The largest thousandth is
+        cut to the least of them, because single tokens would outweigh all others.
+
+    Raises:
+        ValueError: outputs that are not as for `fisher_information`.
+    """
+    device = torch.device(device)
+    model.to(device).eval()
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        def after(module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+
+            def see(gradient: Tensor) -> None:
+                squares = gradient.float().square().mean(dim)
+                found.setdefault(name, []).append(squares.reshape(len(output), -1).cpu())
+
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.register_hook(see)
+            return output
+
+        return after
+
+    steps = [part for batch in inputs for part in batch.split(1)]
+    bar = tqdm(steps, desc="positions", unit="input", disable=not progress, leave=False)
+    with _frozen(model), ExitStack() as hooks:
+        for name in modules:
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                hooks.callback(module.register_forward_hook(watch(name)).remove)
+        for x in bar:
+            _log_likelihood(model, x, generator, device).backward()
+    weights = {}
+    for name, parts in found.items():
+        values = torch.cat(parts)
+        if len(values) == len(steps):  # it ran once for each input
+            most = values.flatten().kthvalue(max(round(0.999 * values.numel()), 1)).values
+            values = values.clamp(max=most)
+            weights[name] = values / values.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return weights
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters; what requires them is as before afterwards."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+
+
+@torch.enable_grad()
+def _log_likelihood(
+    model: nn.Module, x: Tensor, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Of labels that are drawn from the network's own output distribution, summed up."""
+    # Sequences are long, and their sums forgive some rounding.
+    with precision("fp32" if x.is_floating_point() else "auto", device):
+        logits = logits_of(model(to_device(x, device)), "the network").float()
+    if not logits.isfinite().all():
+        raise ValueError("outputs on the calibration inputs contain NaN or Inf")
+    return distribution_of(model).drawn(logits.flatten(0, -2), generator)
 
 
 def estimate_distortions(

@@ -7,10 +7,18 @@ import jlcm
 from jlcm.decoder import decoder_groups, decoder_layers, recorded_layers, skipped_layers
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.decoder import DecoderCalibration
+from jlcm.learning.forward import precision
+from jlcm.learning.objective import Moments, quadratic
+from jlcm.learning.options import Learn
 from jlcm.learning.sequential import learn_layers
 from jlcm.reorder import permute
 from jlcm.select import select
-from jlcm.sensitivity import _clustered, estimate_distortions, fisher_information
+from jlcm.sensitivity import (
+    _clustered,
+    estimate_distortions,
+    fisher_information,
+    position_weights,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -64,7 +72,7 @@ def test_finds_the_decoder_layers_of_several_architectures():
 
 def every_pair(calibration):
     return {
-        layer.name: [tuple(map(torch.clone, pair)) for pair in calibration.pairs(index)]
+        layer.name: [tuple(map(torch.clone, pair)) for *pair, _ in calibration.pairs(index)]
         for index, layer in enumerate(calibration.layers)
     }
 
@@ -108,7 +116,7 @@ def test_later_layers_see_what_was_learned_before(tokens, networks):
 def test_learning_lowers_the_divergence(tokens, kind):
     reference = tiny_llama()
     packed = jlcm.compress(reference, alpha=7.5, filter_fn=without_head, progress=False)
-    many = torch.randint(0, 64, (64, 32), generator=torch.Generator().manual_seed(2))
+    many = torch.randint(0, 64, (256, 32), generator=torch.Generator().manual_seed(2))
 
     def divergence():
         target = reference(tokens).logits.log_softmax(-1)
@@ -233,3 +241,68 @@ def test_predicted_divergence_of_a_token_is_the_measured_one(tokens):
             output = coded(many).logits.log_softmax(-1)
             measured = (target.exp() * (target - output)).sum(-1).mean().item()
             assert 0.5 < harm[name][4] / measured < 2
+
+
+def test_positions_count_by_the_squared_gradient_of_the_likelihood(tokens):
+    model, name = tiny_llama(), "model.layers.1.mlp.down_proj"
+    found = position_weights(model, [name, "model.norm"], list(tokens.split(4)), progress=False)
+    assert list(found) == [name] and all(p.requires_grad for p in model.parameters())
+    generator, squares = torch.Generator().manual_seed(0), []
+    for x in tokens.split(1):
+        kept = []
+        hook = model.get_submodule(name).register_forward_hook(lambda *a, k=kept: k.append(a[2]))
+        with precision("auto", torch.device("cpu")):
+            logits = model(x).logits[0].float()
+        hook.remove()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        (slope,) = torch.autograd.grad(logits.log_softmax(-1).gather(1, labels).sum(), kept)
+        squares.append(slope[0].float().square().mean(-1))
+    squares = torch.stack(squares)
+    squares = squares.clamp(max=squares.flatten().sort().values[-1 - round(0.001 * 120)])
+    torch.testing.assert_close(found[name], squares / squares.mean())
+
+
+def test_what_a_position_counts_is_how_often_it_appears():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, size, 6, generator=generator) for size in (5, 3))
+    counts = torch.tensor([1, 3, 0, 2, 1, 1])
+    weighted, repeated = (Moments.zeros(2, 3, 5, torch.device("cpu")) for _ in range(2))
+    for part in (slice(0, 4), slice(4, 6)):
+        weighted.add(x[..., part], y[..., part], counts[part].float())
+    repeated.add(x.repeat_interleave(counts, -1), y.repeat_interleave(counts, -1))
+    ours, theirs = (quadratic(moments, centred=True) for moments in (weighted, repeated))
+    for field in ("gram", "cross", "energy", "inputs", "outputs"):
+        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field))
+    assert weighted.count == repeated.count == 8
+
+
+def test_learning_serves_the_positions_that_count(tokens, networks, tmp_path):
+    """Each layer is fitted to its weighted objective, which even weights serve less well."""
+    packed, reference = networks
+    many = torch.randint(0, 64, (64, 24), generator=torch.Generator().manual_seed(2))
+    results = {}
+    for weighting in ("fisher", "even", "auto"):
+        learned = copy.deepcopy(packed)
+        options = Learn(weighting=weighting, damping=(0.01,), correction=0.0)
+        results[weighting] = learn_layers(
+            learned, reference, many, options=options, progress=False, folder=tmp_path
+        )
+        stored = dict(jlcm.layers.stored_tensors(learned))
+        results[weighting] = stored["model.layers.0.self_attn.q_proj.weight"]()
+    assert torch.equal(results["fisher"], results["auto"])
+    name = "model.layers.0.self_attn.q_proj"
+    counts = position_weights(reference, [name], [many], progress=False)[name].flatten()
+    with torch.no_grad():
+        x = (
+            reference.model.layers[0]
+            .input_layernorm(reference.model.embed_tokens(many))
+            .flatten(0, 1)
+        )
+    original = reference.get_parameter(f"{name}.weight")
+
+    def error(weight):
+        return ((x @ (weight - original).T).square().sum(-1) * counts).mean().item()
+
+    assert error(results["fisher"]) < error(results["even"])
+    with pytest.raises(ValueError, match="no mirror images"):
+        Learn(weighting="fisher", flip=True)

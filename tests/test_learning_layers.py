@@ -304,7 +304,7 @@ def test_columns_times_weight_are_the_outputs(monkeypatch):
     acts = [layer.activation is not None for layer in calibration.layers]
     assert acts == [False, True, False, True, False]
     layer = calibration.layers[0]
-    for x, y, held in calibration.pairs(0):
+    for x, y, held, _ in calibration.pairs(0):
         product = model.stem.weight.reshape(1, 16, -1) @ x
         expected = product + model.stem.bias[:, None]
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
@@ -313,7 +313,7 @@ def test_columns_times_weight_are_the_outputs(monkeypatch):
     assert layer.name == "stem.weight"
     with monkeypatch.context() as patch:
         patch.setattr(module, "LEAST_POSITIONS", 1)
-        some = [x.shape[1:] for x, _, _ in calibration.pairs(0)]
+        some = [x.shape[1:] for x, *_ in calibration.pairs(0)]
     assert some == [(1, 27, 10)] * 3  # 7 for each of 27 inputs of a neuron, over 20 images
     # Later layers see the compressed network: equal weights give equal inputs there.
     twin = Calibration(
@@ -323,7 +323,7 @@ def test_columns_times_weight_are_the_outputs(monkeypatch):
     weights = [h for _, h in stored_tensors(packed) if isinstance(h, PackedWeight)]
     for index, weight in enumerate(weights):
         owner = packed.get_submodule(twin.layers[index].module)
-        for x, y, _ in twin.pairs(index):
+        for x, y, *_ in twin.pairs(index):
             product = weight().reshape(x.shape[1], -1, x.shape[2]) @ x
             bias = 0 if owner.bias is None else owner.bias.view(1, x.shape[1], -1, 1)
             torch.testing.assert_close(y, product + bias, rtol=1e-4, atol=1e-4)

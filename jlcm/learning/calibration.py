@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from jlcm.layers import STORE, HalfTensor, is_static_norm
 from jlcm.learning.activations import Activations, State
 from jlcm.learning.nested import NestedCalls
-from jlcm.learning.products import Product, output_columns, product_of
+from jlcm.learning.products import output_columns, product_of
 from jlcm.packed import StoredWeight
 
 #: Activations that treat every element alike, so that sampled columns suffice.
@@ -73,6 +73,8 @@ class Calibration:
     Attributes:
         layers: packed weights in forward order.
         skipped: reason by name of each packed weight that cannot be learned.
+        weights: by name of module what each position of its output counts (inputs, positions);
+            in those that are missing all count alike.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Calibration:
         folder: Path | None = None,
         flip: bool = False,
         precision: str = "fp32",
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Trace the networks and list their layers.
 
@@ -107,6 +110,7 @@ class Calibration:
             folder: where activations past `memory` go for a while.
             flip: add mirror images of the inputs, if these are images.
             precision: of decoder networks (`jlcm.Learn`); others run in their own.
+            weights: as the attribute, without `flip`; None for none.
 
         Raises:
             ValueError: too few calibration inputs, or not finite ones.
@@ -114,6 +118,7 @@ class Calibration:
         self.packed, self.reference, self.device = packed, reference, device
         self.positions, self.seed, self.precision = positions, seed, precision
         self._kept = Activations(memory, folder)
+        self.weights = weights or {}
         self.inputs = split_inputs(batches, forward_batch)
         self.every = max(2, round(1 / held_out))
         count = sum(len(batch) for batch in self.inputs)
@@ -135,7 +140,7 @@ class Calibration:
         )
         self.layers, self.skipped = self._find_layers()
 
-    def pairs(self, index: int) -> Iterator[tuple[Product, Tensor, Tensor]]:
+    def pairs(self, index: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """Inputs of the compressed layer and outputs of the reference's, batch by batch.
 
         Args:
@@ -143,7 +148,8 @@ class Calibration:
 
         Yields:
             The inputs as columns (inputs, groups, n, positions), the reference's outputs
-            (inputs, groups, rows, positions), and (inputs,) bool: which are held out.
+            (inputs, groups, rows, positions), (inputs,) bool: which are held out, and what each
+            position counts (inputs, positions), None where all count alike.
 
         Raises:
             NotImplementedError: the layer is not a plain matrix product or convolution.
@@ -160,8 +166,13 @@ class Calibration:
             each = math.prod(product.sizes(size))
             used = min(max(math.ceil(wanted / each / MOST_SAMPLED), LEAST_INPUTS), self.count)
             chosen = product.sample(math.ceil(wanted / used), size, generator)
-            columns = product.columns(chosen, size), product.outputs(outputs, chosen, size)
-            yield *columns, self.held(number)
+            weights = self.weights.get(layer.module)
+            yield (
+                product.columns(chosen, size),
+                product.outputs(outputs, chosen, size),
+                self.held(number),
+                None if weights is None else weights[seen : seen + size, chosen].to(self.device),
+            )
             if (seen := seen + size) >= used:
                 break
 

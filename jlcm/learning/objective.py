@@ -20,7 +20,7 @@ MOST_WAITING = 2**24
 
 @dataclass
 class Moments:
-    """Sums over sampled positions, float64.
+    """Sums over sampled positions, float64, each times what the position counts.
 
     Attributes:
         gram: (groups, n, n) of X~X~^T.
@@ -28,8 +28,8 @@ class Moments:
         energy: (groups, rows) of Y^2.
         inputs: (groups, n) of X~.
         outputs: (groups, rows) of Y.
-        count: number of positions.
-        waiting: inputs and outputs that are not in the sums yet.
+        count: number of positions, each likewise.
+        waiting: inputs, outputs and weights that are not in the sums yet.
     """
 
     gram: Tensor
@@ -37,8 +37,8 @@ class Moments:
     energy: Tensor
     inputs: Tensor
     outputs: Tensor
-    count: int = 0
-    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    count: float = 0.0
+    waiting: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
     @classmethod
     def zeros(cls, groups: int, rows: int, n: int, device: torch.device) -> "Moments":
@@ -46,24 +46,33 @@ class Moments:
         shapes = (groups, n, n), (groups, rows, n), (groups, rows), (groups, n), (groups, rows)
         return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add inputs (groups, n, positions) and outputs (groups, rows, positions)."""
-        self.waiting.append((x, y))
-        if sum(x.numel() for x, _ in self.waiting) >= MOST_WAITING:
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Add inputs (groups, n, positions) and outputs (groups, rows, positions).
+
+        Weights (positions,) are given with all that is added, or with nothing.
+        """
+        self.waiting.append((x, y, weights))
+        if sum(x.numel() for x, *_ in self.waiting) >= MOST_WAITING:
             self.settle()
 
     def settle(self) -> None:
         """Sum up what waits; one product of many positions is faster than many of few."""
         if not self.waiting:
             return
-        x, y = (torch.cat(parts, -1) for parts in zip(*self.waiting, strict=True))
+        inputs, outputs, weights = zip(*self.waiting, strict=True)
         self.waiting.clear()
-        self.gram += x @ x.mT
-        self.cross += y @ x.mT
-        self.energy += y.square().sum(-1)
-        self.inputs += x.sum(-1)
-        self.outputs += y.sum(-1)
-        self.count += x.shape[-1]
+        x, y = torch.cat(inputs, -1), torch.cat(outputs, -1)
+        if weights[0] is None:
+            own_x, own_y, count = x, y, x.shape[-1]
+        else:
+            each = torch.cat(weights)
+            own_x, own_y, count = x * each, y * each, each.double().sum().item()
+        self.gram += own_x @ x.mT
+        self.cross += own_y @ x.mT
+        self.energy += (own_y * y).sum(-1)
+        self.inputs += own_x.sum(-1)
+        self.outputs += own_y.sum(-1)
+        self.count += count
 
     def check(self) -> None:
         """Settle, and refuse sums that no weight can be fitted to.

@@ -12,6 +12,7 @@ FORWARDS = ("hard", "soft")
 SECOND_MOMENTS = ("shared", "per_element")
 STATISTICS = ("none", "mean", "moments", "regression")
 STARTS = ("packed", "least_squares")
+WEIGHTINGS = ("auto", "even", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,11 @@ class Learn:
             over the codes, after LNQ of GuidedQuant, Kim et al. 2025).
         start: what the learning starts from: the "packed" codes, or those that lnq finds
             ("least_squares").
+        weighting: what the error at a position (token, pixel) counts: all alike ("even"), or by the
+            squared gradient of the network's log-likelihood there ("fisher", after GuidedQuant, Kim
+            et al. 2025). "auto" is fisher for decoder networks: on SmolLM2-135M with 3 bits it
+            lowered the divergence by 14 %, on EfficientNet-Lite0 with 2 bits it raised it. The
+            sampled objective of `activation` counts all alike.
         row_scale: fit a scale for each row that a following batch norm absorbs (its scale is stored
             anyway, so it costs no bytes). Codes are then clustered anew; lnq or start=least_squares
             only.
@@ -73,6 +79,7 @@ class Learn:
 
     kind: str = "lnq"
     start: str = "packed"
+    weighting: str = "auto"
     row_scale: bool = True
     statistics: str = "moments"
     activation: bool = False
@@ -108,6 +115,7 @@ class Learn:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("learn", self.kind, KINDS)
         check_choice("start", self.start, STARTS)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
         check_choice("statistics", self.statistics, STATISTICS)
         check_choice("sign", self.sign, SIGNS)
         check_choice("distance", self.distance, DISTANCES)
@@ -122,6 +130,8 @@ class Learn:
         for name in ("iterations", "batch_size", "patience", "positions", "forward_batch"):
             if not getattr(self, name) >= 1:
                 raise Invalid(f"{name}={getattr(self, name)} must be at least 1")
+        if self.flip and self.weighting == "fisher":
+            raise Invalid("weighting=fisher knows no mirror images: leave out flip")
         if not self.damping or min(self.damping) < 0:
             raise Invalid(f"damping={self.damping} must be one or more ridges, none negative")
         if self.correction is not None and not 0 <= self.correction <= 1:

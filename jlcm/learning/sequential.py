@@ -10,13 +10,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from jlcm.decoder import decoder_layers
 from jlcm.layers import stored_tensors
-from jlcm.learning.calibration import Calibration
+from jlcm.learning.calibration import Calibration, split_inputs
 from jlcm.learning.decoder import calibrate
 from jlcm.learning.layer import (
     Target,
@@ -31,9 +33,10 @@ from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
 from jlcm.learning.report import OnResult, collector, ignore
-from jlcm.learning.resume import restore_part, save_part, stage_folder, stored_buffers
+from jlcm.learning.resume import read_part, restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
+from jlcm.sensitivity import position_weights
 
 #: Part of what held-out inputs call the best correction of earlier errors that is made: they judge
 #: one layer, and what it corrects adds up over the layers.
@@ -102,31 +105,36 @@ def learn_layers(
     options, device = options or Learn(), torch.device(device)
     _check(packed, reference)
     training = reference.training, packed.training
-    calibration = calibrate(
-        packed,
-        reference,
-        batches,
-        forward_batch=options.forward_batch,
-        memory=options.memory,
-        positions=options.positions,
-        held_out=options.held_out,
-        seed=seed,
-        device=device,
-        folder=folder,
-        flip=options.flip,
-        precision=options.precision,
-    )
-    store = dict(stored_tensors(packed))
+    store, inputs = dict(stored_tensors(packed)), split_inputs(batches, options.forward_batch)
+    is_decoder = decoder_layers(reference) is not None
+    stage = {"seed": seed, "device": device, "progress": progress}
     (results, finish), modules = collector(on_result), dict(reference.named_modules())
-    with stage_folder(
-        folder, f"{options!r} {seed}", stored_buffers(store), calibration.inputs
-    ) as folder:
+    with stage_folder(folder, f"{options!r} {seed}", stored_buffers(store), inputs) as finished:
+        weights = None
+        if options.weighting == "fisher" or (options.weighting == "auto" and is_decoder):
+            names = {n.rpartition(".")[0] for n, s in store.items() if isinstance(s, PackedWeight)}
+            weights = _position_weights(reference, names, inputs, finished, **stage)
+        calibration = calibrate(
+            packed,
+            reference,
+            inputs,
+            forward_batch=options.forward_batch,
+            memory=options.memory,
+            positions=options.positions,
+            held_out=options.held_out,
+            seed=seed,
+            device=device,
+            folder=folder,
+            flip=options.flip,
+            precision=options.precision,
+            weights=weights,
+        )
         bar = tqdm(
             calibration.layers, desc="learn", unit="layer", disable=not progress, leave=False
         )
         for index, layer in enumerate(bar):
             target = target_of(layer, store, modules, device)
-            path = None if folder is None else folder / f"{index:04d}.safetensors"
+            path = None if finished is None else finished / f"{index:04d}.safetensors"
             if path is not None and path.exists():
                 metadata = restore_part(path, stored_parts(target))
                 target.weight.relative_error = float(metadata["relative_error"])
@@ -147,6 +155,21 @@ def learn_layers(
     reference.train(training[0])
     packed.train(training[1])
     return results
+
+
+def _position_weights(
+    reference: nn.Module, names: set[str], inputs: list[Tensor], folder: Path | None, **stage: Any
+) -> dict[str, Tensor]:
+    """What each position of a layer's output counts, read from the folder if it is there."""
+    path = None if folder is None else folder / "positions.safetensors"
+    if path is not None and path.exists():
+        return read_part(path)[1]
+    home = next(reference.parameters()).device
+    found = position_weights(reference, names, inputs, **stage)
+    reference.to(home)
+    if path is not None:
+        save_part(path, found, {})
+    return found
 
 
 def _learn_layer(
@@ -279,7 +302,7 @@ def _collect(
     sampled = options.activation and target.activation is not None and options.kind != "none"
     room = options.memory // (16 * groups * (n + rows) * sum(map(len, calibration.inputs)))
     inputs, outputs = [], []
-    for x, y, outside in calibration.pairs(index):
+    for x, y, outside, weights in calibration.pairs(index):
         if x.shape[1:3] != (groups, n) or y.shape[1:3] != (groups, rows):
             raise NotImplementedError("its product does not have the shape of its weight")
         x, y = x.float(), y.float()
@@ -287,7 +310,9 @@ def _collect(
             y = target.folded.scale.float()[..., None] * y + target.folded.shift.float()[..., None]
         for moments, part in ((train, ~outside), (held, outside)):
             if bool(part.any()):
-                moments.add(joined(x[part.to(x.device)]), joined(y[part.to(y.device)]))
+                chosen = part.to(x.device)
+                counts = None if weights is None else weights[chosen].flatten()
+                moments.add(joined(x[chosen]), joined(y[chosen]), counts)
         if sampled:
             step = -(-x.shape[-1] // max(room, 1))
             inputs.append(joined(x[~outside.to(x.device), ..., ::step]))

@@ -152,7 +152,7 @@ class _Columns:
         bias = getattr(packed.get_submodule(layer.name.rpartition(".")[0]), "bias", None)
         self.activation = layer.activation or (lambda outputs: outputs)
         inputs, targets = [], []
-        for x, y, _ in calibration.pairs(index):
+        for x, y, *_ in calibration.pairs(index):
             each = 4 * calibration.count * x.shape[1] * (x.shape[2] + y.shape[2])
             # A quarter of the memory, because there are up to three copies for a while.
             stride = -(-x.shape[-1] // max(options.memory // 4 // each, 1))

@@ -61,6 +61,7 @@ class LNQ:
         """
         return Learn(
             kind="lnq",
+            weighting="even",
             row_scale=False,
             statistics="none",
             damping=(self.damping,),

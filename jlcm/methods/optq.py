@@ -154,7 +154,7 @@ def input_moments(
         ValueError: activations are NaN or infinite.
     """
     gram, total, count = None, None, 0
-    for x, _, _ in calibration.pairs(index):
+    for x, *_ in calibration.pairs(index):
         columns = joined(x).float()
         groups, n, positions = columns.shape
         if n * stored.rows != stored.count or stored.rows % groups:
