@@ -1,0 +1,53 @@
+"""Outputs that are means of normal distributions: divergence and Fisher information."""
+
+import copy
+
+import torch
+from test_sensitivity import estimate, network, normal, weights_of
+
+from jlcm.learning.forward import GAUSSIAN, distribution_of, divergence, divergences
+
+
+def gaussian(model):
+    model.output_distribution = "gaussian"
+    return model
+
+
+def test_divergence_of_normal_distributions_is_that_of_torch():
+    output, target = normal(6, 5, seed=2), normal(6, 5, seed=3)
+    normals = (torch.distributions.Normal(means, 1.0) for means in (target, output))
+    expected = torch.distributions.kl_divergence(*normals).sum(1)
+    torch.testing.assert_close(divergences(output, target, GAUSSIAN), expected)
+    for temperature in (1.0, 3.0):
+        found = divergence(output, target, temperature, GAUSSIAN)
+        torch.testing.assert_close(found, expected.mean())
+
+
+def test_fisher_information_of_normal_distributions():
+    """The diagonal of J^T J, from the Jacobian of all outputs."""
+    model, x = gaussian(network(6, 8, 4)), normal(48, 6)
+    weights = weights_of(model)
+    expected = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for row in x:
+        for output in model(row):
+            gradients = torch.autograd.grad(output, list(weights.values()), retain_graph=True)
+            for total, gradient in zip(expected.values(), gradients, strict=True):
+                total += gradient.square() / len(x)
+    found = estimate(model, x, runs=400)
+    for name, values in expected.items():
+        assert float((found[name] - values).norm() / values.norm()) < 0.1
+
+
+def test_small_changes_of_means_diverge_as_predicted():
+    model, x = gaussian(network(6, 8, 4)), normal(64, 6)
+    fisher, changed = estimate(model, x, runs=50), copy.deepcopy(model)
+    parameter = changed[2].weight
+    change = 1e-3 * normal(*parameter.shape)
+    with torch.no_grad():
+        parameter += change
+        found = divergence(changed(x), model(x), distribution=distribution_of(model))
+    # The last layer's rows are independent; within a row the diagonal is a part of the whole.
+    hidden = model[:2](x).detach()
+    gram = hidden.T @ hidden / len(x)
+    torch.testing.assert_close(found, 0.5 * torch.trace(change @ gram @ change.T))
+    torch.testing.assert_close(fisher["2.weight"][0], gram.diagonal(), rtol=0.2, atol=0.02)
