@@ -100,6 +100,8 @@ def test_examples(page, tmp_path, monkeypatch):
     """The Python of a page runs as it stands."""
     if page == "docs/huggingface.md":
         pytest.importorskip("transformers")
+    if page == "docs/diffusion.md":
+        pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     _, printed = execute(page)
     if page == "README.md":
