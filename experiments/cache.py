@@ -94,7 +94,7 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Write a folder of files atomically, with their checksums; it replaces one that is there.
+    """Write a folder atomically, with its files' checksums; it replaces one that is there.
 
     Args:
         path: the folder.
@@ -109,14 +109,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        names = sorted(file.name for file in temporary.iterdir())
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        names = sorted(path.relative_to(temporary).as_posix() for path in files)
         lines = [f"{hash_file(temporary / name)}  {name}\n" for name in names]
         (temporary / CHECKSUMS).write_text("".join(lines))
         for name in (*names, CHECKSUMS):
             os.chmod(temporary / name, 0o644)  # safetensors makes files private
             with open(temporary / name, "rb+") as file:
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o755)  # mkdtemp makes folders private
+        for inner in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+            os.chmod(inner, 0o755)  # mkdtemp makes folders private
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     finally:

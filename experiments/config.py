@@ -37,6 +37,16 @@ class LanguageModelConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class DiffusionModelConfig(ModelConfig):
+    """A text-to-image pipeline of diffusers. `source` is tiny_sd (published here) or diffusers."""
+
+    dtype: str = "float32"  # of the weights and of what is computed: float32, bfloat16, float16
+    # Those that are compressed, for instance [unet, vae]; null: text encoders, denoiser, VAE.
+    components: list[str] | None = None
+    clip: str | None = None  # scores the pictures: hub name or folder; null: the pipeline's own
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What every data set shares."""
 
@@ -101,6 +111,26 @@ class CommonsenseConfig(DataConfig):
     calibration_text: str | None = None  # UTF-8 file
     distill_epochs: int = 3  # of learn=jlcm and distill: a text has many outputs to learn from
     calibration_dataset: str | None = None  # of the hub: name or name:subset (allenai/c4:en)
+
+
+@dataclass(kw_only=True)
+class PromptsConfig(DataConfig):
+    """Prompts for text-to-image pipelines, and how pictures are made of them.
+
+    The prompts of a file are shuffled, always in the same way: the first ones are evaluated and
+    others are for calibration, unless these have a file of their own.
+    """
+
+    kind: str = "prompts"
+    prompts: str | None = None  # file, one a line; null: the model's captions, or DiffusionDB's
+    calibration_prompts: str | None = None  # file
+    limit: int | None = 240  # prompts that are evaluated
+    noise_seeds: int = 3  # pictures of each of them
+    steps: int = 20  # of the scheduler
+    guidance: float = 3.0  # scale of classifier-free guidance, 1 for none
+    size: int | None = None  # height and width in pixels; null: the pipeline's own
+    calibration_samples: int = 256
+    distill_epochs: int = 8  # of learn=jlcm and distill
 
 
 @dataclass(kw_only=True)
@@ -236,18 +266,20 @@ TASKS = ("compress", "footprint", "latency", "precision")
 
 #: Groups whose choices differ in their options.
 SCHEMAS = {
-    "model": {"schema_language": LanguageModelConfig},
+    "model": {"schema_language": LanguageModelConfig, "schema_diffusion": DiffusionModelConfig},
     "data": {
         "schema_digits": DigitsConfig,
         "schema_image_folder": ImageFolderConfig,
         "schema_image_list": ImageListConfig,
         "schema_commonsense": CommonsenseConfig,
+        "schema_prompts": PromptsConfig,
     },
 }
 
 #: Options of data that say where it lies.
 DATA_PLACES = (
     "root", "list", "calibration_root", "calibration_list", "text", "calibration_text",
+    "prompts", "calibration_prompts",
 )  # fmt: skip
 
 #: What does not change the result of a run, and so is no part of its identity.

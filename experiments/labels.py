@@ -43,6 +43,8 @@ LABELS = {
     "smollm2_135m": "SmolLM2-135M",
     "squant": "SQuant",
     "squeezellm": "SqueezeLLM",
+    "stable_diffusion": "Stable Diffusion",
+    "tiny_sd": "tiny SD",
     "vit_b16": "ViT-B/16",
     "vit_b_16": "ViT-B/16",
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jlcm
-from experiments.config import Config, LanguageModelConfig
+from experiments.config import Config, DiffusionModelConfig, LanguageModelConfig
 from experiments.data import check_files, load_data
 from experiments.evaluate.latency import check_latency, measure_latency
 from experiments.evaluate.memory import check_footprint, measure_footprint, measure_language
@@ -33,6 +33,8 @@ def check_measurement(config: Config) -> None:
     """
     if isinstance(config.model, LanguageModelConfig) and config.task == "precision":
         raise Invalid("task=precision measures networks of images")
+    if isinstance(config.model, DiffusionModelConfig):
+        raise Invalid(f"task={config.task} is not for text-to-image pipelines")
     match config.task:
         case "footprint":
             check_footprint(config.footprint)

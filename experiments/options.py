@@ -11,8 +11,12 @@ from experiments.config import (
     TASKS,
     CommonsenseConfig,
     Config,
+    DiffusionModelConfig,
+    DigitsConfig,
+    ImageConfig,
     LanguageModelConfig,
     LearnConfig,
+    PromptsConfig,
 )
 from jlcm.config import ALLOCATIONS, FIRST_LAST, REORDERINGS, Invalid, check_alpha, check_choice
 from jlcm.quantize import METHODS
@@ -38,11 +42,15 @@ def check_options(config: Config) -> None:
         raise Invalid(f"compute.threads={config.compute.threads} must be at least 1, or null")
     if config.data.limit is not None and config.data.limit < 1:
         raise Invalid(f"data.limit={config.data.limit} must be at least 1, or null for all samples")
-    texts = isinstance(config.data, CommonsenseConfig)
-    if texts != isinstance(config.model, LanguageModelConfig):
-        kind, needed = ("networks of images", "digits, imagenet or image_list")
-        if not texts:
-            kind, needed = ("language models", "commonsense")
+    match config.model:
+        case LanguageModelConfig():
+            kind, own, needed = "language models", CommonsenseConfig, "commonsense"
+        case DiffusionModelConfig():
+            kind, own, needed = "text-to-image pipelines", PromptsConfig, "prompts"
+        case _:
+            kind, needed = "networks of images", "digits, imagenet or image_list"
+            own = DigitsConfig | ImageConfig
+    if not isinstance(config.data, own):
         raise Invalid(f"data={config.data.kind} is not for {kind}: set data={needed}")
 
 

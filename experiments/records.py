@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ _log = logging.getLogger(__name__)
 
 RECORD = "record.json"
 PACKED_FILE = "packed.safetensors"
+#: Pictures of the original pipeline, and of the packed one in a second row.
+PICTURES = "pictures.png"
 #: Folder of the records behind published tables.
 PUBLISHED = "records"
 
@@ -59,7 +62,10 @@ def load_records(results_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def publish_record(results_dir: Path, record: dict[str, Any]) -> None:
-    """Keep a record beside the tables that show it, without curves and without folders."""
+    """Keep a record beside the tables that show it, without curves and without folders.
+
+    Pictures of the run, if any, are kept beside it.
+    """
     kept = {key: value for key, value in record.items() if key != "file"}
     kept["config"] = _names_only(record["config"])
     kept["learning"] = [
@@ -68,6 +74,20 @@ def publish_record(results_dir: Path, record: dict[str, Any]) -> None:
     ]
     with replacing(results_dir / PUBLISHED / f"{record['run_id']}.json") as temporary:
         temporary.write_text(json.dumps(kept, separators=(",", ":"), allow_nan=False) + "\n")
+    pictures = results_dir / "runs" / record["run_id"] / PICTURES
+    if pictures.is_file():
+        with replacing(_published_pictures(results_dir, record["run_id"])) as temporary:
+            shutil.copyfile(pictures, temporary)
+
+
+def pictures_of(results_dir: Path, run_id: str) -> Path | None:
+    """The pictures of a finished run, None where it has none."""
+    places = results_dir / "runs" / run_id / PICTURES, _published_pictures(results_dir, run_id)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _published_pictures(results_dir: Path, run_id: str) -> Path:
+    return results_dir / PUBLISHED / f"{run_id}.png"
 
 
 def _names_only(value: Any) -> Any:

@@ -128,6 +128,11 @@ _METRICS = {
     "top-5 %": ("top5", 2),
     "accuracy %": ("questions.average.acc", 2),
     "perplexity": ("perplexity", 3),
+    "CLIP score": ("clip_score", 2),
+    "shuffled": ("clip_score_shuffled", 2),
+    "digits %": ("digit_accuracy", 2),
+    "PSNR dB": ("psnr", 2),
+    "perceptual": ("perceptual", 4),
     "agree %": ("agreement", 2),
     "KL": ("kl", 4),
 }
@@ -146,7 +151,9 @@ def _values(results: dict[str, Any], metrics: list[str]) -> str:
 
 
 def _samples(original: dict[str, Any], packed: dict[str, Any]) -> str:
-    """What was evaluated: images, or questions and tokens."""
+    """What was evaluated: images, prompts and their pictures, or questions and tokens."""
+    if "prompts" in packed:
+        return f"{packed['samples']} pictures of {packed['prompts']} prompts"
     if "tokens" not in packed:
         return f"{original['samples']} images"
     questions = f"{packed['samples']} questions, " if "samples" in packed else ""

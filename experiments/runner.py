@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import jlcm
-from experiments.config import CommonsenseConfig, Config
+from experiments.config import CommonsenseConfig, Config, PromptsConfig
 from experiments.data import check_files
 from experiments.machine import (
     choose_device,
@@ -92,7 +92,7 @@ def _compress(
     keep_freed_blocks()
     reset_peak_rss()
     with _timed(seconds, "load"):
-        subject = load_subject(config, identity, device)
+        subject = load_subject(config, identity, device, folder)
     tracker.start(identity | {"compute": asdict(config.compute)})
     with _timed(seconds, "compress"), _memory_errors():
         compressed = compress(
@@ -152,11 +152,17 @@ def check_subject(config: Config) -> None:
         from experiments.language import check_language
 
         check_language(config)
+    elif isinstance(config.data, PromptsConfig):
+        from experiments.diffusion import check_diffusion
+
+        check_diffusion(config)
     else:
         check_files(config.data)
 
 
-def load_subject(config: Config, identity: dict[str, Any], device: torch.device) -> Subject:
+def load_subject(
+    config: Config, identity: dict[str, Any], device: torch.device, folder: Path
+) -> Subject:
     """The network and its data.
 
     Raises:
@@ -166,6 +172,10 @@ def load_subject(config: Config, identity: dict[str, Any], device: torch.device)
         from experiments.language import LanguageSubject  # imports transformers
 
         return LanguageSubject(config, identity, device)
+    if isinstance(config.data, PromptsConfig):
+        from experiments.diffusion import DiffusionSubject  # imports diffusers
+
+        return DiffusionSubject(config, identity, device, folder)
     return Classifier(config, identity, device)
 
 

@@ -10,6 +10,7 @@ from experiments.figures import CAPTIONS
 from experiments.records import load_records, publish_record
 from experiments.tables.cells import narrowed, tidy
 from experiments.tables.html import write_report
+from experiments.tables.pictures import picture_grid
 from experiments.tables.specs import TABLES
 from experiments.tables.write import write_table
 from jlcm.config import check_choice
@@ -82,6 +83,11 @@ def _make_report(results_dir: Path, records: dict[str, dict[str, Any]]) -> Path:
     records = {k: v for k, v in records.items() if k in used}
     drawn = {name: results_dir / "figures" / f"{name}.png" for name in CAPTIONS}
     figures = {path: CAPTIONS[name] for name, path in drawn.items() if path.is_file()}
+    for stem, table in tables.items():
+        file = results_dir / "figures" / f"pictures_{stem}.png"
+        text = picture_grid(file, TABLES[stem.partition("@")[0]], table, results_dir)
+        if text is not None:
+            figures[file] = text
     path = results_dir / "report.html"
     write_report(path, tables, records, figures)
     return path

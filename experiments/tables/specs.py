@@ -52,6 +52,22 @@ _LANGUAGE = {
     "perplexity": Measure(path="packed.perplexity", original="original.perplexity", better="low"),
     "KL": Measure(path="packed.kl", better="low", digits=4),
 }
+_PICTURES = {
+    "CLIP score": Measure(
+        path="packed.clip_score",
+        standard_error="packed.clip_score_standard_error",
+        original="original.clip_score",
+    ),
+    "PSNR dB": Measure(path="packed.psnr"),
+    "perceptual distance": Measure(path="packed.perceptual", better="low", digits=4),
+}
+_DIGITS = {
+    "digits %": Measure(
+        path="packed.digit_accuracy",
+        standard_error="packed.digit_accuracy_standard_error",
+        original="original.digit_accuracy",
+    )
+}
 _FOOTPRINT = {
     "weights %": Measure(path="results.footprint.weights_percent", better=None),
     "activations %": Measure(path="results.footprint.activations_percent", better=None),
@@ -117,6 +133,7 @@ class Table:
 _LISTS = "data.root=DIR data.list=FILE.tsv data.calibration_root=DIR data.calibration_list=FILE.tsv"
 _IMAGENET = 50_000
 _QUESTIONS = 20_465  # of the seven tasks
+_PROMPTS = 1_000  # of DiffusionDB; the paper does not say how many it took
 
 
 def _measured(title: str, measures: dict[str, Measure], **options) -> Table:
@@ -150,6 +167,13 @@ _table6b = partial(
     details=("true alpha", "seconds", "peak GB"),
     paper="table6b",
 )
+_table6a = partial(
+    Table,
+    lines=("method",),
+    columns=("model", "alpha"),
+    details=("true alpha", "seconds", "peak GB"),
+    paper="table6a",
+)
 
 
 #: Tables by the name of their experiment.
@@ -180,6 +204,12 @@ TABLES: dict[str, Table] = {
     "table5": _table5("ImageNet", full_scale=_IMAGENET, command="data.root=DIR"),
     "table5_digits": _table5("digits"),
     "table5_lite": _table5("labelled lists", command=_LISTS),
+    "table6a": _table6a(
+        title="Table 6a, Stable Diffusion", measures=_PICTURES, full_scale=_PROMPTS
+    ),
+    "table6a_tiny": _table6a(
+        title="Table 6a, a small pipeline for digits", measures=_PICTURES | _DIGITS
+    ),
     "table6b": _table6b(title="Table 6b, language models", full_scale=_QUESTIONS),
     "table6b_small": _table6b(title="Table 6b, SmolLM2-135M"),
 }
