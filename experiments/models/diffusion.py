@@ -87,7 +87,7 @@ def load_pipeline(model: DiffusionModelConfig) -> "DiffusionPipeline":
             options["safety_checker"] = None
         pipeline = DiffusionPipeline.from_pretrained(
             place,
-            torch_dtype=getattr(torch, model.dtype),
+            dtype=getattr(torch, model.dtype),
             use_safetensors=True,
             local_files_only=local,
             **options,

@@ -140,7 +140,7 @@ def build_clip(tokenizer: "CLIPTokenizer") -> "CLIPModel":
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {"image_size": SIZE, "patch_size": 4}
+    vision = {"image_size": SIZE, "patch_size": 8}
     return CLIPModel(
         CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=64)
     )
