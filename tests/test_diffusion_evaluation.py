@@ -108,7 +108,7 @@ def test_perceptual_distance_grows_with_the_error(pipeline, drawn):
 def test_generated_digits_are_the_right_ones(pipeline, clip, prompts, captions):
     pictures = make(pipeline, prompts)
     result = evaluate.judged(load_judge(), pictures, captions)
-    assert result["digit_accuracy"] >= 95 and result["caption_accuracy"] >= 85
+    assert result["digit_accuracy"] >= 95 and result["caption_accuracy"] >= 70
     result = evaluate.clip_scores(evaluate.ClipScore(*clip), pictures, prompts)
     assert result["clip_score"] > 75 > 30 > result["clip_score_shuffled"]
 

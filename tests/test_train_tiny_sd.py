@@ -28,10 +28,10 @@ def test_stages_are_kept_and_the_result_is_a_pipeline(short, tmp_path, monkeypat
     monkeypatch.setattr(train_tiny_sd, "_fit_judge", stop)
     with pytest.raises(SystemExit, match="interrupted"):
         train_tiny_sd.main([f"--out={out}"])
-    assert not out.exists() and len(list((tmp_path / "tiny.stages").iterdir())) == 3
+    assert not out.exists() and len(list((tmp_path / "tiny.stages").iterdir())) == 4
     with pytest.raises(SystemExit, match="of another training"):
         train_tiny_sd.main([f"--out={out}", "--seed=1"])
-    for name in ("_fit_clip", "_fit_vae", "_fit_unet"):
+    for name in ("_fit_text", "_fit_clip", "_fit_vae", "_fit_unet"):
         monkeypatch.setattr(train_tiny_sd, name, lambda *_, **__: calls.append(1))
     monkeypatch.setattr(train_tiny_sd, "_fit_judge", fit)
     train_tiny_sd.main([f"--out={out}"])

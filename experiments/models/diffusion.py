@@ -1,6 +1,7 @@
 """Text-to-image pipelines of diffusers: the project's small one, a local folder or the hub."""
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -44,6 +45,8 @@ def check_diffusion_model(model: DiffusionModelConfig) -> None:
         )
     if model.source == "diffusers":
         _check_folder("model.name", model.name, _INDEX, "a pipeline of diffusers")
+        if Path(model.name).is_dir():
+            _check_components(Path(model.name))
         if model.clip is None:
             raise Invalid("model.clip=FOLDER must name a CLIP that scores the pictures")
     if model.clip is not None:
@@ -58,6 +61,18 @@ def _check_folder(option: str, name: str, file: str, what: str) -> None:
         raise FileNotFoundError(f"{option}={name} is not a folder with {what}")
     if folder.is_dir() and not (folder / file).is_file():
         raise FileNotFoundError(f"{option}={name} is incomplete: {what} has a file {file}")
+
+
+def _check_components(folder: Path) -> None:
+    """Check that each component has its files; a tokenizer without any is an empty one."""
+    try:
+        parts = json.loads((folder / _INDEX).read_text()).items()
+    except (ValueError, AttributeError) as error:
+        raise Invalid(f"model.name={folder}: {_INDEX} is damaged ({error})") from error
+    for name, part in parts:
+        named = isinstance(part, list) and part[0] is not None and name != "safety_checker"
+        if named and not any((folder / name).glob("*")):
+            raise FileNotFoundError(f"model.name={folder} is incomplete: it lacks the {name}")
 
 
 def load_pipeline(model: DiffusionModelConfig) -> "DiffusionPipeline":
