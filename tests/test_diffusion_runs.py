@@ -22,8 +22,8 @@ from experiments.models.diffusion import load_pipeline  # noqa: E402
 
 SMALL = (
     "model=tiny_sd",
-    "data.limit=10",
-    "data.noise_seeds=2",
+    "data.limit=8",
+    "data.noise_seeds=1",
     "data.steps=8",
     "data.calibration_samples=16",
     "compute.threads=1",
@@ -51,7 +51,7 @@ def do(results, *overrides, small=SMALL):
 def test_every_method_serves_pipelines(results, method):
     record = do(results, f"method={method}", "alpha=3.9")
     packed, original = record["packed"], record["original"]
-    assert original["digit_accuracy"] >= 80 and original["samples"] == 20
+    assert original["digit_accuracy"] >= 75 and original["samples"] == 8
     if method != "redpp":  # its rounding is too coarse for 4 bits here
         assert packed["clip_score"] > original["clip_score"] / 2 > packed["clip_score_shuffled"]
     assert 5 < packed["psnr"] < 60 and 0 < packed["perceptual"] < 4
@@ -105,7 +105,7 @@ def tiny(**options):
 def test_report_shows_pictures_beside_the_table(results, tmp_path):
     record = do(results, "method=rtn", "alpha=3.9")
     text = as_text(record)
-    assert "CLIP score" in text and "20 pictures of 10 prompts" in text and "top-1" not in text
+    assert "CLIP score" in text and "8 pictures of 8 prompts" in text and "top-1" not in text
     overrides = [text for text in SMALL[1:] if text.startswith("data.")]
     files = make_tables(results, ["table6a_tiny"], overrides)
     assert any(path.suffix == ".md" and "CLIP score" in path.read_text() for path in files)
