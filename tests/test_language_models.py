@@ -59,7 +59,7 @@ def test_configurations_compose():
         )
         assert model.shape["model_type"] == "llama"
         assert run_id(config).startswith("llama-7b-")  # a folder's name, not a path
-        small = OmegaConf.to_object(compose("config", ["model=smollm2_135m", "data=commonsense"]))
+        small = OmegaConf.to_object(compose("config", ["model=smollm2_135m"]))  # chooses its data
         assert (small.data.limit, small.data.calibration_samples) == (100, 64)
 
 
