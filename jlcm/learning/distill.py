@@ -56,7 +56,8 @@ class Distill:
     Attributes:
         epochs: passes over the training part of the calibration inputs, 0 to leave the stage out.
         batch_size: inputs of a step; None for 32, or for 4 sequences of token ids.
-        lr: peak learning rate of codebooks and scales, relative to their root mean square.
+        lr: peak learning rate of codebooks and scales, relative to their root mean square; None for
+            4e-4, or 5e-3 for sequences of token ids, which have fewer steps.
         lr_vectors: of biases and norms, relative to their root mean square.
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
             runs on a ResNet-18, moving them from the start was worse than keeping them.
@@ -75,7 +76,7 @@ class Distill:
 
     epochs: int = 8
     batch_size: int | None = None
-    lr: float = 4e-4
+    lr: float | None = None
     lr_vectors: float = 4e-4
     lr_codes: float = 0.0
     codes_start: float = 0.25
@@ -95,8 +96,9 @@ class Distill:
             if value is not None and value < bound:
                 raise Invalid(f"{name}={value} must be at least {bound}")
         for name in ("lr", "lr_vectors", "lr_codes"):
-            if not 0 <= getattr(self, name) < 1:
-                raise Invalid(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise Invalid(f"{name}={value} must be at least 0 and below 1")
         if not 0 < self.holdout <= 0.5:
             raise Invalid(f"holdout={self.holdout} must lie between 0 and 0.5")
         if not 0 < self.zoom <= 1:
@@ -224,6 +226,9 @@ class _Run:
         self.packed, self.reference, self.inputs = packed, reference, inputs
         self.options, self.seed, self.device = options, seed, device
         self.distribution = distribution_of(reference)
+        sequences = not inputs.is_floating_point()
+        self.batch_size = options.batch_size or (4 if sequences else 32)
+        self.lr = (5e-3 if sequences else 4e-4) if options.lr is None else options.lr
         self.before_step = before_step or (lambda done: None)
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
@@ -235,7 +240,7 @@ class _Run:
         )
         self.optimizer = optimizer_of(
             self._members(),
-            lr=options.lr,
+            lr=self.lr,
             lr_vectors=options.lr_vectors,
             lr_codes=options.lr_codes,
         )
@@ -311,8 +316,7 @@ class _Run:
         options = self.options
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch + 1))
         order = self.trained[torch.randperm(len(self.trained), generator=generator)]
-        size = options.batch_size or (32 if self.inputs.is_floating_point() else 4)
-        batches = order.tensor_split(-(-len(order) // size))
+        batches = order.tensor_split(-(-len(order) // self.batch_size))
         total = 0.0
         for step, batch in enumerate(batches):
             x = augment(
@@ -352,7 +356,7 @@ class _Run:
         if not (loss.isfinite() and torch.nn.utils.get_total_norm(gradients).isfinite()):
             raise ValueError(
                 f"the distillation loss or its gradient is NaN or Inf in epoch {self.epoch + 1}: "
-                f"lower lr={self.options.lr:g}, or set precision=fp32"
+                f"lower lr={self.lr:g}, or set precision=fp32"
             )
 
     def _members(self) -> list[Trainable]:
