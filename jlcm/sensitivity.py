@@ -6,7 +6,7 @@ unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,13 +189,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(value)
 
 
+def _running(x: Tensor, device: torch.device) -> AbstractContextManager:
+    """Precision of forwards: sequences of tokens are long, and their sums forgive some rounding."""
+    return precision("fp32" if x.is_floating_point() else "auto", device)
+
+
 @torch.enable_grad()
 def _log_likelihood(
     model: nn.Module, x: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     """Of labels that are drawn from the network's own output distribution, summed up."""
-    # Sequences are long, and their sums forgive some rounding.
-    with precision("fp32" if x.is_floating_point() else "auto", device):
+    with _running(x, device):
         logits = logits_of(model(to_device(x, device)), "the network").float()
     if not logits.isfinite().all():
         raise ValueError("outputs on the calibration inputs contain NaN or Inf")
@@ -247,7 +251,7 @@ def estimate_distortions(
     parts = dict.fromkeys(weights, 1.0)
     if learned:
         parts = unexplained_parts(model, weights, batches, seed=seed)
-    with recorded_layers(model) as states:
+    with recorded_layers(model) as states, _running(x, device):
         target = outputs_of(model, x, device, "the network")
     found = {}
     bar = tqdm(weights.items(), desc="allocation", unit="layer", disable=not progress, leave=False)
@@ -264,7 +268,7 @@ def estimate_distortions(
             if bits <= MEASURED_BITS:
                 weight.data.copy_(coded)
                 try:
-                    with skipped_layers(model, states, name):
+                    with skipped_layers(model, states, name), _running(x, device):
                         output = outputs_of(model, x, device, "the network")
                     measured = divergence(output, target, distribution=distribution_of(model))
                 finally:
@@ -349,12 +353,14 @@ def unexplained_parts(
         found = product.columns(product.sample(wanted, count, generator), count)
         inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
         columns = found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2).float()
-        sums.setdefault(name, _Sums()).add(columns)
+        with torch.autocast(found.device.type, enabled=False):
+            sums.setdefault(name, _Sums()).add(columns)
 
     with watching_products(model, weights, see):
         for batch in batches:
             count = len(batch)
-            model(batch)
+            with _running(batch, batch.device):
+                model(batch)
     return {name: sums[name].unexplained() if name in sums else 1.0 for name in weights}
 
 
