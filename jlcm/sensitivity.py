@@ -150,7 +150,8 @@ def position_weights(
 
             def see(gradient: Tensor) -> None:
                 squares = gradient.float().square().mean(dim)
-                found.setdefault(name, []).append(squares.reshape(len(output), -1).cpu())
+                # Not len(output): the output would hold what holds it, and its graph stay alive.
+                found.setdefault(name, []).append(squares.reshape(len(gradient), -1).cpu())
 
             output = output if output.requires_grad else output.detach().requires_grad_()
             output.register_hook(see)

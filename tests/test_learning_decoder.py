@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -260,6 +262,19 @@ def test_positions_count_by_the_squared_gradient_of_the_likelihood(tokens):
     squares = torch.stack(squares)
     squares = squares.clamp(max=squares.flatten().sort().values[-1 - round(0.001 * 120)])
     torch.testing.assert_close(found[name], squares / squares.mean())
+
+
+def test_outputs_of_watched_layers_go_at_once(tokens):
+    """Memory would grow with the text if they waited for the garbage collector."""
+    model, outputs = tiny_llama(), []
+    mlp = model.model.layers[1].mlp
+    mlp.act_fn.register_forward_pre_hook(lambda _, args: outputs.append(weakref.ref(args[0])))
+    gc.disable()
+    try:
+        position_weights(model, ["model.layers.1.mlp.gate_proj"], [tokens], progress=False)
+        assert len(outputs) == len(tokens) and not any(output() is not None for output in outputs)
+    finally:
+        gc.enable()
 
 
 def test_what_a_position_counts_is_how_often_it_appears():
