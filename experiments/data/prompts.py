@@ -11,6 +11,7 @@ from experiments.config import PromptsConfig
 from experiments.data import coloured_digits
 from experiments.data.coloured_digits import Caption
 from experiments.data.text import read_text
+from experiments.errors import first_line
 from jlcm.config import Invalid
 
 #: Prompts that users of Stable Diffusion have written (Wang et al., DiffusionDB, 2023).
@@ -143,7 +144,7 @@ def _diffusiondb() -> list[str]:
     try:
         path = hf_hub_download(_DIFFUSIONDB, "metadata.parquet", repo_type="dataset")
     except Exception as error:  # of httpx or of the hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConnectionError(
             f"DiffusionDB cannot be read from the hub ({reason}): "
             "data.prompts=FILE takes a local file"

@@ -10,6 +10,7 @@ from experiments.cache import hash_file
 from experiments.config import CommonsenseConfig
 from experiments.data.commonsense import commonsense_folder, passages
 from experiments.data.generate import generated_windows
+from experiments.errors import first_line
 from experiments.models.language import LanguageModel, quiet
 from jlcm.config import Invalid
 
@@ -173,7 +174,7 @@ def _hub_windows(
     except KeyError as error:
         raise ValueError(f"data.calibration_dataset={dataset} has no field text") from error
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConnectionError(
             f"data.calibration_dataset={dataset} cannot be read from the hub ({reason}): "
             "data.calibration_text=FILE takes a local file, and without both the model generates"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from experiments.config import COMMONSENSE
 from experiments.data.commonsense import commonsense_folder, own_config, write_tasks
+from experiments.errors import first_line
 from experiments.models.language import quiet
 from jlcm.config import Invalid, check_choice
 from jlcm.learning.forward import precision as running_in
@@ -170,7 +171,7 @@ def _run_task(
     try:
         task = TaskManager(include_defaults=False).load([file])
     except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConnectionError(
             f"the hub's data for {name} cannot be read ({reason}): data.hub=false takes the same "
             "rows from a wheel"

@@ -10,6 +10,7 @@ from torch import nn
 from experiments.config import DataConfig, DigitsConfig, ImageConfig, ModelConfig
 from experiments.data.digits import CLASSES, digits_preprocessing
 from experiments.data.preprocessing import Preprocessing
+from experiments.errors import first_line
 from experiments.models.assets import CHECKPOINTS, efficientnet_lite_state
 from experiments.models.digits import trained_on_digits
 from experiments.models.untrained import untrained
@@ -151,7 +152,7 @@ def build_network(architecture: Architecture, device: str) -> nn.Module:
     try:
         return architecture.build(device)
     except (AssertionError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{architecture.builder} cannot be built with {architecture.arguments}: {reason}"
         ) from error
@@ -250,7 +251,7 @@ def _pretrained_state(model: ModelConfig, module: nn.Module) -> dict[str, torch.
             raise ValueError(f"timm has no pretrained weights for {model.name}: {_LOCAL_FILE}")
         return timm.create_model(model.name, pretrained=True).state_dict()
     except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConnectionError(
             f"the hub of {model.source}'s pretrained weights can't be reached for {model.name} "
             f"({reason}): {_LOCAL_FILE}"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from experiments.config import DiffusionModelConfig
+from experiments.errors import first_line
 from experiments.models import tiny_diffusion
 from experiments.models.language import DTYPES, quiet
 from jlcm.config import Invalid, check_choice
@@ -158,7 +159,7 @@ def _one_line(place: str, local: bool, what: str, instead: str) -> Iterator[None
     try:
         yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if local:
             raise ValueError(f"{place} is no complete {what}: {reason}") from error
         raise ConnectionError(

@@ -35,39 +35,30 @@ class Measure:
     unit: float = 1
 
 
-#: Measures by their heading.
-TOP1 = {
-    "top-1 %": Measure(
-        path="packed.top1", standard_error="packed.top1_standard_error", original="original.top1"
+def _with_error(name: str) -> Measure:
+    """A result of packed and original networks that has a standard error."""
+    return Measure(
+        path=f"packed.{name}",
+        standard_error=f"packed.{name}_standard_error",
+        original=f"original.{name}",
     )
-}
+
+
+#: Measures by their heading.
+TOP1 = {"top-1 %": _with_error("top1")}
 
 
 _LANGUAGE = {
-    "accuracy %": Measure(
-        path="packed.questions.average.acc",
-        standard_error="packed.questions.average.acc_standard_error",
-        original="original.questions.average.acc",
-    ),
+    "accuracy %": _with_error("questions.average.acc"),
     "perplexity": Measure(path="packed.perplexity", original="original.perplexity", better="low"),
     "KL": Measure(path="packed.kl", better="low", digits=4),
 }
 _PICTURES = {
-    "CLIP score": Measure(
-        path="packed.clip_score",
-        standard_error="packed.clip_score_standard_error",
-        original="original.clip_score",
-    ),
+    "CLIP score": _with_error("clip_score"),
     "PSNR dB": Measure(path="packed.psnr"),
     "perceptual distance": Measure(path="packed.perceptual", better="low", digits=4),
 }
-_DIGITS = {
-    "digits %": Measure(
-        path="packed.digit_accuracy",
-        standard_error="packed.digit_accuracy_standard_error",
-        original="original.digit_accuracy",
-    )
-}
+_DIGITS = {"digits %": _with_error("digit_accuracy")}
 _FOOTPRINT = {
     "weights %": Measure(path="results.footprint.weights_percent", better=None),
     "activations %": Measure(path="results.footprint.activations_percent", better=None),
