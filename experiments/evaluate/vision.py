@@ -37,7 +37,9 @@ def predict(
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, **options)
     logits, labels = [], []
     for images, targets in tqdm(loader, desc=description, unit="batch", leave=False):
-        logits.append(module(images.to(device)).float().cpu())
+        # Convolutions, those of one channel most, take about half as long on this layout.
+        images = images.to(device, memory_format=torch.channels_last)
+        logits.append(module(images).float().cpu())
         labels.append(targets)
     outputs = torch.cat(logits)
     if not outputs.isfinite().all():
