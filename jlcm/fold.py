@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from jlcm.layers import affine_of, is_static_norm
+from jlcm.learning.products import multiplies_stored_weight
 
 
 class _Tracer(fx.Tracer):
@@ -63,6 +64,8 @@ def trace(model: nn.Module) -> fx.Graph:
 def norms_after_layers(model: nn.Module) -> dict[str, str]:
     """Batch norms by name, each with the convolution or linear layer that alone feeds it.
 
+    Layers that standardise their weight are left out: it cannot hold the norm's scale.
+
     Raises:
         ValueError: if the network cannot be traced by torch.fx.
     """
@@ -78,7 +81,8 @@ def norms_after_layers(model: nn.Module) -> dict[str, str]:
         layer = modules.get(producer.target) if producer.op == "call_module" else None
         alone = len(producer.users) == 1 and calls.count(producer.target) == 1
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and alone and _own(layer, owners):
-            if len(layer.weight) == norm.num_features:  # else it acts on another dimension
+            same = len(layer.weight) == norm.num_features  # else it acts on another dimension
+            if same and multiplies_stored_weight(layer):
                 pairs[node.target] = producer.target
     return pairs
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from folding import Net
+from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import Tensor, nn
 
 import jlcm
@@ -152,3 +153,14 @@ def test_original_is_untouched(cnn):
         cnn, alpha=6.0, init="random", encoding=jlcm.Encoding(fold_bn=True), progress=False
     )
     assert all(torch.equal(t, before[n]) for n, t in cnn.state_dict().items())
+
+
+def test_layer_that_standardises_its_weight_is_left_alone():
+    model = Net(lambda m, x: m.n(m.c(x)), c=ScaledStdConv2d(4, 4, 3), n=nn.BatchNorm2d(4))
+    model.n.running_var.fill_(4)
+    assert same(model, X) == set()
+
+
+def test_layer_that_pads_its_inputs_is_folded():
+    model = Net(lambda m, x: m.n(m.c(x)), c=Conv2dSame(4, 4, 3, stride=2), n=nn.BatchNorm2d(4))
+    assert same(model, X) == {"n"}

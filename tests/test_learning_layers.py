@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from timm.layers import ScaledStdConv2d
 from torch import nn
 
 import jlcm
@@ -370,6 +371,15 @@ def test_masked_attention_is_left_and_says_so():
     assert "self-attention" in results["attention.in_proj_weight"].note
     assert results["attention.in_proj_weight"].kept == "initialisation"
     assert results["head.weight"].kept == "learned"
+
+
+def test_a_layer_that_standardises_its_weight_keeps_the_initialisation():
+    model = nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    model = nn.Sequential(*model, nn.Conv2d(8, 8, 3)).eval()
+    packed = jlcm.compress(model, alpha=3.9, learn=Learn(), calibration=torch.randn(32, 3, 8, 8))
+    standardised, plain = packed.learning
+    assert standardised.kept == "initialisation" and "as it is stored" in standardised.note
+    assert plain.kept == "learned"
 
 
 def test_shared_weights_are_learned_once():

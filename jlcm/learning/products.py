@@ -22,11 +22,18 @@ class _Intercepted(Exception):
 
 
 class _Interceptor(TorchFunctionMode):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.linear:
-            raise _Intercepted(Product(args[0] if args else kwargs["input"]))
-        if function in _CONVOLUTIONS:
+        if function is F.linear or function in _CONVOLUTIONS:
+            weight, own = args[1] if len(args) > 1 else kwargs["weight"], self._module.weight
+            if weight is not own and not torch.equal(weight, own):
+                raise NotImplementedError("it does not multiply by its weight as it is stored")
+            if function is F.linear:
+                raise _Intercepted(Product(args[0] if args else kwargs["input"]))
             raise _Intercepted(_convolution(_CONVOLUTIONS[function], *args, **kwargs))
         return function(*args, **kwargs)
 
@@ -111,7 +118,8 @@ def product_of(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Produ
         kwargs: of the call.
 
     Raises:
-        NotImplementedError: there is no such product, or attention is masked or crosses inputs.
+        NotImplementedError: there is no such product, another weight than the stored one is in it
+            (weight standardisation), or attention is masked or crosses inputs.
     """
     if isinstance(module, nn.MultiheadAttention):
         query = _self_attention_input(module, args, kwargs)
@@ -119,11 +127,28 @@ def product_of(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Produ
             return Product(query)
         return Product(_heads(module, query))
     try:
-        with _Interceptor():
+        with _Interceptor(module):
             module.forward(*args, **kwargs)
     except _Intercepted as found:
         return found.args[0]
     raise NotImplementedError("it is no linear layer or convolution")
+
+
+def multiplies_stored_weight(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether a layer's product is with its weight as stored, not with one made from it.
+
+    Weight standardisation, for instance, undoes every scale that a row is multiplied by.
+    """
+    if isinstance(layer, nn.Linear):
+        shape = [layer.in_features]
+    else:
+        taps = zip(layer.kernel_size, layer.dilation, strict=True)
+        shape = [layer.in_channels, *(d * (k - 1) + 1 for k, d in taps)]
+    try:
+        product_of("", layer, (layer.weight.new_zeros(1, *shape),), {})
+    except (NotImplementedError, TypeError):  # TypeError: its forward takes more than the inputs
+        return False
+    return True
 
 
 @contextmanager
