@@ -114,10 +114,7 @@ def pack_factors(packed: PackedWeight, factors: Factors) -> dict[str, Tensor]:
 
 def nearest_codes(factors: Factors, values: Tensor) -> Tensor:
     """(groups, rows, n) int64 codes nearest to values already divided by the multiplier."""
-    return _nearest(factors.codebooks, factors.book, values)
-
-
-def _nearest(codebooks: Tensor, book: Tensor | None, values: Tensor) -> Tensor:
+    codebooks, book = factors.codebooks, factors.book
     if book is None:
         # Bucketing needs ascending codewords; least squares may have crossed two of them.
         ascending, order = codebooks[0].sort()
@@ -134,31 +131,45 @@ def _nearest(codebooks: Tensor, book: Tensor | None, values: Tensor) -> Tensor:
 
 
 class _Columns:
-    """Factors laid out column by column, (n, groups, rows): the loops below go over columns."""
+    """Factors laid out column by column, (n, groups, rows): the loops below go over columns.
+
+    Places are indices into all codebooks written in a row, each ascending.
+    """
 
     def __init__(self, factors: Factors) -> None:
-        shape = factors.codes.shape
-        self.books, self.book = factors.codebooks, _by_column(factors.book)
-        self.multiplier = _by_column(factors.multiplier().expand(shape))
+        self.multiplier = _by_column(factors.multiplier().expand(factors.codes.shape))
         self.divisor = torch.where(self.multiplier != 0, self.multiplier, 1.0)
-        if self.book is None:
-            self.ascending, self.order = self.books[0].sort()
-            self.middle = (self.ascending[1:] + self.ascending[:-1]) / 2
+        ascending, order = factors.codebooks.sort(1)
+        self.ascending, self.order = ascending.view(-1), order.view(-1)
+        count, k = ascending.shape
+        first = k * torch.arange(count, device=order.device)[:, None]
+        self.rank = (first + order.argsort(1)).view(-1)
+        middle = (ascending[:, 1:] + ascending[:, :-1]) / 2
+        self.edges, self.offset = middle[0], None
+        if factors.book is not None:
+            # All codebooks side by side on one axis, so that one search finds a codeword.
+            self.low, self.high = float(ascending.min()), float(ascending.max())
+            pitch = 2 * (self.high - self.low) + 1
+            offset = pitch * torch.arange(count, dtype=torch.float64, device=order.device)
+            last = middle.new_full((count, 1), (self.low + self.high + pitch) / 2)
+            edges = torch.cat([middle, last], 1).double() + offset[:, None]
+            self.edges, self.offset = edges.view(-1)[:-1], _by_column(offset[factors.book])
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Codes nearest to values of one column (groups, rows), and the values they stand for."""
+        """Places nearest to values of one column (groups, rows), and the values they stand for."""
         scaled = values / self.divisor[column]
-        if self.book is None:
-            place = torch.bucketize(scaled, self.middle)
-            return place, self.ascending[place] * self.multiplier[column]
-        book = self.book[column]
-        codes = _nearest(self.books, book, scaled)
-        return codes, self.books[book, codes] * self.multiplier[column]
+        if self.offset is not None:
+            scaled = scaled.clamp(self.low, self.high) + self.offset[column]
+        place = torch.bucketize(scaled, self.edges)
+        return place, self.ascending[place] * self.multiplier[column]
 
-    def codes(self, found: Tensor) -> Tensor:
-        """(groups, rows, n) codes from what `nearest` returned for all columns."""
-        found = found if self.book is not None else self.order[found]
-        return found.permute(1, 2, 0).contiguous()
+    def places(self, factors: Factors) -> Tensor:
+        """(n, groups, rows) places of the codes."""
+        return self.rank[_by_column(factors.entries())]
+
+    def codes(self, places: Tensor) -> Tensor:
+        """(groups, rows, n) codes from places."""
+        return self.order[places].permute(1, 2, 0).contiguous()
 
 
 def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> Factors:
@@ -173,16 +184,16 @@ def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> F
     # Columns of much energy first (GPTQ's "act-order"): later ones absorb their errors.
     order = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
     upper = _feedback_factor(gram[:, order][:, :, order])
-    columns, places = _Columns(factors), order.tolist()
     left = _by_column(target)[order]
+    columns, order = _Columns(factors), order.tolist()
     found = torch.empty(left.shape, dtype=torch.int64, device=left.device)
-    for start in range(0, len(places), BLOCK):
-        stop = min(start + BLOCK, len(places))
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
         errors = torch.empty_like(left[start:stop])
         for i in range(start, stop):
-            code, rounded = columns.nearest(left[i], places[i])
+            place, rounded = columns.nearest(left[i], order[i])
             error = (left[i] - rounded) / upper[:, i, i, None]
-            found[places[i]], errors[i - start] = code, error
+            found[order[i]], errors[i - start] = place, error
             left[i + 1 : stop] -= upper[:, i, i + 1 : stop].T[..., None] * error
         rest = errors.permute(1, 2, 0) @ upper[:, start:stop, stop:]
         left[stop:] -= rest.permute(2, 0, 1)
@@ -211,10 +222,7 @@ def coordinate_descent(problem: Quadratic, factors: Factors, sweeps: int) -> Fac
     weight = _by_column(factors.weight())
     # A tie or rounding noise is no reason to move.
     margin = 1e-6 * columns.divisor.abs()
-    found = _by_column(factors.codes)
-    if columns.book is None:
-        found = columns.order.argsort()[found]
-    n = len(weight)
+    found, n = columns.places(factors), len(weight)
     for _ in range(sweeps):
         # Half the gradient, computed afresh in each sweep so that rounding errors do not pile up.
         slope = _by_column(weight.permute(1, 2, 0) @ gram - problem.cross)
@@ -225,10 +233,10 @@ def coordinate_descent(problem: Quadratic, factors: Factors, sweeps: int) -> Fac
             block = slope[start:stop].clone()
             for i in range(start, stop):
                 best = weight[i] - block[i - start] * inverse[i]
-                code, value = columns.nearest(best, i)
+                place, value = columns.nearest(best, i)
                 move = (weight[i] - best).abs() - (value - best).abs() > margin[i]
                 step = torch.where(move, value - weight[i], 0.0)
-                found[i] = torch.where(move, code, found[i])
+                found[i] = torch.where(move, place, found[i])
                 weight[i] += step
                 moves[i - start] = step
                 block[i - start :] += gram[:, i, i:stop].T[..., None] * step
