@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from jlcm.learning.forward import to_device
+
 
 @torch.inference_mode()
 def predict(
@@ -37,9 +39,7 @@ def predict(
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, **options)
     logits, labels = [], []
     for images, targets in tqdm(loader, desc=description, unit="batch", leave=False):
-        # Convolutions, those of one channel most, take about half as long on this layout.
-        images = images.to(device, memory_format=torch.channels_last)
-        logits.append(module(images).float().cpu())
+        logits.append(module(to_device(images, device)).float().cpu())
         labels.append(targets)
     outputs = torch.cat(logits)
     if not outputs.isfinite().all():

@@ -185,15 +185,15 @@ def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> F
     order = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
     upper = _feedback_factor(gram[:, order][:, :, order])
     left = _by_column(target)[order]
-    columns, order = _Columns(factors), order.tolist()
+    columns, sequence = _Columns(factors), order.tolist()
     found = torch.empty(left.shape, dtype=torch.int64, device=left.device)
-    for start in range(0, len(order), BLOCK):
-        stop = min(start + BLOCK, len(order))
+    for start in range(0, len(sequence), BLOCK):
+        stop = min(start + BLOCK, len(sequence))
         errors = torch.empty_like(left[start:stop])
         for i in range(start, stop):
-            place, rounded = columns.nearest(left[i], order[i])
+            place, rounded = columns.nearest(left[i], sequence[i])
             error = (left[i] - rounded) / upper[:, i, i, None]
-            found[order[i]], errors[i - start] = place, error
+            found[sequence[i]], errors[i - start] = place, error
             left[i + 1 : stop] -= upper[:, i, i + 1 : stop].T[..., None] * error
         rest = errors.permute(1, 2, 0) @ upper[:, start:stop, stop:]
         left[stop:] -= rest.permute(2, 0, 1)
