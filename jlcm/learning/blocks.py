@@ -1,9 +1,8 @@
 """Block-wise reconstruction: tune each block of layers to its original's output, in forward order.
 
-A block is a run of the network's graph that begins and ends where one tensor alone is live, such as
-a residual block. What costs no bytes to change (codebooks, scales, biases and norms, optionally the
-codes) is trained together by the squared error of the block's output, with inputs from the network
-as compressed so far. After BRECQ (Li et al., 2021), which trains the rounding.
+What costs no bytes to change (codebooks, scales, biases and norms, optionally the codes) is trained
+together by the squared error of the block's output, with inputs from the network as compressed so
+far. After BRECQ (Li et al., 2021), which trains the rounding.
 """
 
 import copy
@@ -14,17 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
 from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
+from jlcm.learning.partition import BlockOutputs, find_blocks
 from jlcm.learning.report import OnResult, collector, ignore
 from jlcm.learning.resume import restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
-from jlcm.packed import StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,8 @@ class Blocks:
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes.
         weights: packed weights of a block at least; shorter runs are joined to the next.
         held_out: part of the calibration inputs that selects the best epoch.
-        memory: bytes of activations kept in memory; the rest lies on disk.
+        memory: bytes of a block's inputs, and as many of its outputs, kept in memory; the rest lies
+            on disk.
         precision: of training: "bf16" (autocast), "fp32", or "auto" (bf16 where the processor
             has it).
     """
@@ -145,8 +145,9 @@ def learn_blocks(
     twin = copy.deepcopy(packed).requires_grad_(False)
     blocks = find_blocks(calibration, options.weights)
     results, finish = collector(on_result)
+    weights = [block.weights for block in blocks]
     with stage_folder(
-        folder, f"{options!r} {seed}", stored_buffers(store), calibration.inputs
+        folder, f"{options!r} {seed} {weights}", stored_buffers(store), calibration.inputs
     ) as folder:
         bar = tqdm(blocks, desc="blocks", unit="block", disable=not progress, leave=False)
         for index, block in enumerate(bar):
@@ -159,7 +160,8 @@ def learn_blocks(
                 finish(replace(result, restored=True))
                 continue
             began = time.perf_counter()
-            result = _Block(calibration, block, twin, members, options, seed + index).train()
+            learner = _Block(calibration, block, twin, members, options, seed + index, folder)
+            result = learner.train()
             result.seconds = time.perf_counter() - began
             if path is not None:
                 save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
@@ -170,66 +172,19 @@ def learn_blocks(
     return results
 
 
-@dataclass(frozen=True)
-class Run:
-    """Nodes from `start` up to `stop` of the graph, and the stored tensors that they read."""
-
-    start: int
-    stop: int
-    weights: list[str]
-    tensors: set[str]
-
-
-def find_blocks(calibration: Calibration, least: int) -> list[Run]:
-    """Shortest runs between single live tensors with at least so many packed weights.
-
-    The norm and the activation after a layer belong to its block: the norm may hold a part of the
-    weight. The first dimension of these tensors counts the inputs.
-    """
-    owners: dict[str, list[str]] = {}
-    kinds = dict(stored_tensors(calibration.packed))
-    for name in kinds:
-        owners.setdefault(name.rpartition(".")[0], []).append(name)
-    runs, start, stop, weights, tensors, beyond = [], 0, 0, [], set(), set()
-    rows = torch.arange(len(calibration.inputs[0])) < 2
-    state = calibration.state(0, model=1, rows=rows)
-    for i, node in enumerate(calibration.nodes):
-        called: list[str] = []
-        if node.op == "call_module":
-            for owner, names in owners.items():
-                if owner == node.target or owner.startswith(f"{node.target}."):
-                    called += names
-        packed = [name for name in called if isinstance(kinds[name], StoredWeight)]
-        if packed and stop > start:
-            runs.append(Run(start, stop, weights, tensors))
-            start, weights, tensors = stop, [], set()
-        weights, beyond = weights + packed, beyond | set(called)
-        calibration.run(1, state, i, i + 1)
-        value = state.get(node)
-        inputs_first = isinstance(value, Tensor) and value.dim() and len(value) == int(rows.sum())
-        alone = inputs_first and calibration.live_after(i) == [node]
-        follows = stop <= start or (stop == i and calibration.completes(node))
-        if alone and follows and len(weights) >= least:
-            stop, tensors, beyond = i + 1, tensors | beyond, set()
-    end = len(calibration.nodes)
-    runs.append(Run(start, end, weights, tensors | beyond))
-    return [run for run in runs if run.weights]
-
-
 class _Block:
     """State of the training of one block."""
 
-    def __init__(self, calibration, run, twin, members, options, seed) -> None:
-        self.calibration, self.run, self.options, self.seed = calibration, run, options, seed
+    def __init__(self, calibration, block, twin, members, options, seed, folder) -> None:
+        self.calibration, self.block, self.options, self.seed = calibration, block, options, seed
         self.modules, self.members = dict(twin.named_modules()), members
-        self.end: fx.Node = calibration.nodes[run.stop - 1]
-        self.energy = 0.0
+        self.end = calibration.nodes[block.stop - 1]
+        self.targets = BlockOutputs(calibration, block, memory=options.memory, folder=folder)
 
     def train(self) -> BlockResult:
         options, calibration = self.options, self.calibration
-        result = BlockResult(name=f"{self.run.weights[0]} .. {self.run.weights[-1]}")
-        targets = self._targets()
-        result.before = result.after = self._held_out(targets)
+        result = BlockResult(name=f"{self.block.weights[0]} .. {self.block.weights[-1]}")
+        result.before = result.after = self._held_out()
         best = self._state()
         optimizer = optimizer_of(
             self._trainables(),
@@ -245,7 +200,7 @@ class _Block:
                 rows = ~calibration.held(number)
                 if not bool(rows.any()):
                     continue
-                loss = self._loss(number, rows, targets[number], train=True)
+                loss = self._loss(number, rows, train=True)
                 optimizer.zero_grad()
                 loss.backward()
                 if not loss.isfinite():
@@ -258,7 +213,7 @@ class _Block:
             result.curve.append(total / count)
             for trainable, stored in self.members.values():
                 trainable.write(stored)
-            error = self._held_out(targets)
+            error = self._held_out()
             if error < result.after:
                 result.after, result.best_epoch, best = error, epoch + 1, self._state()
         self._restore(best)
@@ -267,38 +222,25 @@ class _Block:
     def _trainables(self) -> list[Trainable]:
         return [trainable for trainable, _ in self.members.values()]
 
-    @torch.no_grad()
-    def _targets(self) -> list[Tensor]:
-        """Outputs of the reference's block, batch by batch, on the CPU; keeps the inputs on."""
-        targets = []
-        for number, _ in enumerate(self.calibration.states(self.run.start, keep=True)):
-            every = torch.ones(len(self.calibration.inputs[number]), dtype=torch.bool)
-            state = self.calibration.state(number, model=1, rows=every)
-            self.calibration.run(1, state, self.run.start, self.run.stop)
-            targets.append(state[self.end].float().cpu())
-        flat = torch.cat([t.flatten() for t in targets])
-        self.energy = max(float(flat.var()), 1e-30)
-        return targets
-
-    def _loss(self, number: int, rows: Tensor, target: Tensor, *, train: bool) -> Tensor:
+    def _loss(self, number: int, rows: Tensor, *, train: bool) -> Tensor:
         """Squared error of some inputs of a batch over the variance of the block's output."""
         calibration = self.calibration
         state = calibration.state(number, model=0, rows=rows)
         if not train:
-            calibration.run(0, state, self.run.start, self.run.stop)
+            calibration.run(0, state, self.block.start, self.block.stop)
         else:
             with torch.enable_grad(), precision(self.options.precision, calibration.device):
-                calibration.run(0, state, self.run.start, self.run.stop, modules=self.modules)
-        target = target[rows].to(calibration.device)
-        return (state[self.end].float() - target).square().mean() / self.energy
+                calibration.run(0, state, self.block.start, self.block.stop, modules=self.modules)
+        target = self.targets[number][rows].to(calibration.device)
+        return (state[self.end].float() - target).square().mean() / self.targets.variance
 
     @torch.no_grad()
-    def _held_out(self, targets: list[Tensor]) -> float:
+    def _held_out(self) -> float:
         total = count = 0.0
-        for number, target in enumerate(targets):
+        for number in range(len(self.calibration.inputs)):
             rows = self.calibration.held(number)
             if bool(rows.any()):
-                total += float(self._loss(number, rows, target, train=False)) * int(rows.sum())
+                total += float(self._loss(number, rows, train=False)) * int(rows.sum())
                 count += int(rows.sum())
         return total / max(count, 1)
 

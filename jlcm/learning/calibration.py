@@ -323,14 +323,6 @@ class Calibration:
                 state[node] = value[rows]
         return self._to_device(state)
 
-    def live_after(self, position: int) -> list[fx.Node]:
-        """Nodes up to a position whose values later ones read."""
-        return [
-            node
-            for node in self.nodes[: position + 1]
-            if node.op != "get_attr" and self._last[node] > position
-        ]
-
     def _arguments(self, layer: Layer) -> Iterator[tuple[tuple[tuple, dict], ...]]:
         """Arguments of a layer's module in (compressed, reference) network, batch by batch."""
         if self.nodes is None:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
 from jlcm.layers import STORE, stored_tensors
-from jlcm.learning.blocks import Run, find_blocks
+from jlcm.learning.activations import Activations
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, distribution_of, divergence, logits_of, precision
+from jlcm.learning.partition import Block, BlockOutputs, find_blocks
 from jlcm.learning.report import collector
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.adaround import AdaRound, adaround
@@ -118,34 +119,31 @@ class _Block:
     """Inputs and wanted outputs of a block."""
 
     def __init__(
-        self, calibration: Calibration, run: Run, twin: nn.Module, options: Brecq, seed: int
+        self, calibration: Calibration, block: Block, twin: nn.Module, options: Brecq, seed: int
     ) -> None:
-        self.calibration, self.run, self.options = calibration, run, options
-        self.modules, self.end = dict(twin.named_modules()), calibration.nodes[run.stop - 1]
+        self.calibration, self.block, self.options = calibration, block, options
+        self.modules, self.end = dict(twin.named_modules()), calibration.nodes[block.stop - 1]
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
-        self.targets = self._targets()
-        # Batch by batch: outputs of early blocks take gigabytes.
-        count = sum(map(len, self.targets))
-        mean = sum(target.sum(0) for target in self.targets) / count
-        squared = sum(float((target - mean).square().sum()) for target in self.targets)
-        self.variance = max(squared / count, 1e-30)
-        self.importance: list[Tensor] | None = None
+        self.targets = BlockOutputs(calibration, block, memory=options.memory)
+        self.importance: Activations | None = None
         if options.loss == "fisher":
-            self.importance = [self._gradients(number) for number in range(len(self.targets))]
+            self.importance = Activations(options.memory)
+            for number in range(len(calibration.inputs)):
+                self.importance.put(number, ({self.end: self._gradients(number)}, {}))
 
     def loss(self, step: int) -> Tensor:
         """Squared error of a batch, summed over channels, its mean over images and positions."""
         if not self.order:
-            count = len(self.targets)
+            count = len(self.calibration.inputs)
             self.order = torch.randperm(count, generator=self.generator).tolist()
         number = self.order.pop()
         state = self._state(number, model=0)
         with precision(self.options.precision, self.calibration.device):
-            self.calibration.run(0, state, self.run.start, self.run.stop, modules=self.modules)
+            self.calibration.run(0, state, self.block.start, self.block.stop, modules=self.modules)
             squared = (state[self.end].float() - self._on_device(self.targets[number])).square()
             if self.importance is not None:
-                squared = squared * self._on_device(self.importance[number])
+                squared = squared * self._on_device(self.importance.get(number)[0][self.end])
             # Channels are the second dimension of images, the last of tokens.
             return squared.sum(1 if squared.dim() == 4 else -1).mean()
 
@@ -153,32 +151,23 @@ class _Block:
     def error(self) -> float:
         """Squared error of the packed block on all inputs over the variance of the targets."""
         total = count = 0.0
-        for number, target in enumerate(self.targets):
-            state = self._state(number, model=0)
-            self.calibration.run(0, state, self.run.start, self.run.stop)
+        for number in range(len(self.calibration.inputs)):
+            state, target = self._state(number, model=0), self.targets[number]
+            self.calibration.run(0, state, self.block.start, self.block.stop)
             difference = state[self.end].float() - self._on_device(target)
-            total, count = total + float(difference.square().sum()), count + len(target)
-        return total / count / self.variance
-
-    @torch.no_grad()
-    def _targets(self) -> list[Tensor]:
-        targets = []
-        for number, _ in enumerate(self.calibration.states(self.run.start, keep=True)):
-            state = self._state(number, model=1)
-            self.calibration.run(1, state, self.run.start, self.run.stop)
-            targets.append(state[self.end].float().cpu())
-        return targets
+            total, count = total + float(difference.square().sum()), count + target.numel()
+        return total / count / self.targets.variance
 
     def _gradients(self, number: int) -> Tensor:
         """Squared gradient of the divergence for each output of the block, (|g| + 1)^2."""
         calibration, nodes = self.calibration, self.calibration.nodes
         state = self._state(number, model=0)
-        calibration.run(0, state, self.run.start, self.run.stop)
+        calibration.run(0, state, self.block.start, self.block.stop)
         state[self.end] = output = state[self.end].detach().requires_grad_(True)
         whole = self._state(number, model=1)
         with torch.no_grad():
-            calibration.run(1, whole, self.run.start, len(nodes))
-        calibration.run(0, state, self.run.stop, len(nodes))
+            calibration.run(1, whole, self.block.start, len(nodes))
+        calibration.run(0, state, self.block.stop, len(nodes))
         logits, target = (logits_of(calibration.output(s), "the network") for s in (state, whole))
         distribution = distribution_of(calibration.reference)
         loss = divergence(logits, target, distribution=distribution) * len(output)
