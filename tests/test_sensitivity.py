@@ -101,7 +101,10 @@ def distortions(model, fisher, x, most_bits=8):
         learned=False,
         progress=False,
     )
-    return {name: [costs[0] / sensitivity.ONE_BIT, *costs[1:]] for name, costs in found.items()}
+    *inner, _last = found
+    for name in inner:
+        found[name][0] /= sensitivity.ONE_BIT
+    return found
 
 
 def of_one(weight, fisher, x=None, most_bits=8):
@@ -298,6 +301,24 @@ def test_estimating_distortions_leaves_the_network_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
     for costs in found.values():
         assert len(costs) == 8 and all(b <= a for a, b in itertools.pairwise(costs))
+
+
+def test_one_bit_counts_more_but_for_the_layer_that_runs_last(monkeypatch):
+    model, x = branches(), normal(32, 32)
+    model.stem, model.head = nn.Linear(32, 32), nn.Linear(32, 32)
+    model.forward = lambda x: model.stem(model.weak(x) + model.strong(x) + model.head(x))
+    fisher = estimate(model, x)
+
+    def found():
+        return estimate_distortions(
+            model, weights_of(model), x, fisher, most_bits=3, learned=False, progress=False
+        )
+
+    more = found()
+    monkeypatch.setattr(sensitivity, "ONE_BIT", 1.0)
+    for name, costs in found().items():
+        factor = 1.0 if name == "stem.weight" else 4.0
+        assert more[name] == pytest.approx([factor * costs[0], *costs[1:]])
 
 
 def test_distortions_are_kept_for_the_same_network_inputs_and_seed(tmp_path, monkeypatch):
