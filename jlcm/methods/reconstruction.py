@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from jlcm.config import Invalid
-from jlcm.learning.calibration import Calibration
+from jlcm.learning.calibration import Calibration, split_inputs
 from jlcm.learning.decoder import calibrate
+from jlcm.learning.forward import to_device
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.grid import Grid
 from jlcm.methods.network import Network
@@ -21,7 +22,9 @@ from jlcm.uniform import UniformWeight
 #: AdaRound's stretch of the sigmoid beyond 0 and 1, which it thereby reaches.
 LOW, HIGH = -0.1, 1.1
 #: Part of the calibration inputs that `Calibration` tells apart; nothing here uses it.
-_HELD_OUT = 0.1
+HELD_OUT = 0.1
+#: Inputs that run at once.
+FORWARD_BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +205,15 @@ def calibration_of(
     Raises:
         ValueError: calibration set empty or too small, or not finite.
     """
+    batches = split_inputs(network.calibration, FORWARD_BATCH)
     return calibrate(
         packed,
         reference,
-        network.calibration,
-        forward_batch=32,
+        [to_device(batch, torch.device("cpu")) for batch in batches],
+        forward_batch=FORWARD_BATCH,
         memory=memory,
         positions=positions,
-        held_out=_HELD_OUT,
+        held_out=HELD_OUT,
         seed=network.seed,
         device=network.device,
         precision="auto",
