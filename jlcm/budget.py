@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import torch
+
 from jlcm.config import Encoding, Invalid
 from jlcm.packed import tile_grid
 from jlcm.packing import packed_bytes
@@ -19,6 +21,8 @@ HALF = 2  # bytes of a float16
 MAX_BITS = 8
 #: Row scales take at most this part of the bytes.
 MOST_RESERVE = 20
+#: Bytes are counted in so many steps where bits are shared out by sensitivity.
+STEPS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,36 +171,34 @@ def _share_bits(
     encoding: Encoding,
     distortions: dict[str, list[float]],
 ) -> None:
-    """Give bits, from one each, where a byte lowers the distortion most, until none fits."""
+    """Give each tensor so many bits, from one, that the sum of the distortions is least.
 
-    def least(plan: Allocation) -> int:
-        return least_bytes(encoding.kind, plan, encoding.tile)
-
-    uniform, left = dict(plans), budget
+    A knapsack, solved by dynamic programming over the bytes beyond one bit each.
+    """
     for name, plan in plans.items():
         plans[name] = replace(plan, bits=1)
-        left -= least(plans[name])
-    open_ = set(plans)
-    while open_:
-        best, gain, price = "", 0.0, 0
-        for name in sorted(open_):
-            plan, harm = plans[name], distortions[name]
-            # A step of several bits may pay where the first of them alone does not.
-            for bits in range(plan.bits + 1, min(len(harm), MAX_BITS) + 1):
-                cost = least(replace(plan, bits=bits)) - least(plan)
-                saved = harm[plan.bits - 1] - harm[bits - 1]
-                if cost <= left and saved / cost > gain:
-                    best, gain, price, to = name, saved / cost, cost, bits
-        if not best:
-            break
-        plans[best] = replace(plans[best], bits=to)
-        left -= price
-    chosen, given = (
-        sum(distortions[name][plan.bits - 1] for name, plan in found.items())
-        for found in (plans, uniform)
-    )
-    if given < chosen and sum(map(least, uniform.values())) <= budget:
-        plans.update(uniform)  # greedy choices are not always best
+    first = {name: least_bytes(encoding.kind, plan, encoding.tile) for name, plan in plans.items()}
+    if (left := budget - sum(first.values())) < 0:
+        return
+    step = max(left // STEPS, 1)
+    places = left // step + 1
+    best = torch.zeros(places, dtype=torch.float64)  # by the steps that are spent at the most
+    found = []
+    for name, plan in plans.items():
+        sums = torch.full((len(distortions[name]), places), math.inf, dtype=torch.float64)
+        prices = []
+        for bits, harm in enumerate(distortions[name], start=1):
+            least = least_bytes(encoding.kind, replace(plan, bits=bits), encoding.tile)
+            prices.append(-(-(least - first[name]) // step))
+            if prices[-1] < places:
+                sums[bits - 1, prices[-1] :] = best[: places - prices[-1]] + harm
+        best, chosen = sums.min(0)
+        found.append((name, prices, chosen))
+    place = places - 1
+    for name, prices, chosen in reversed(found):
+        index = int(chosen[place])
+        plans[name] = replace(plans[name], bits=index + 1)
+        place -= prices[index]
 
 
 def _sensible(plan: Allocation, encoding: Encoding) -> Allocation:
