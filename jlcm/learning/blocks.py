@@ -21,7 +21,7 @@ from jlcm.layers import Stored, stored_tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, precision
 from jlcm.learning.partition import BlockOutputs, find_blocks
-from jlcm.learning.report import OnResult, collector, ignore
+from jlcm.learning.report import OnResult, collector, ignore, in_brief
 from jlcm.learning.resume import restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.trainable import Trainable, attach_trainables, optimizer_of, set_rates
 
@@ -166,7 +166,7 @@ def learn_blocks(
             if path is not None:
                 save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
             finish(result)
-            bar.set_postfix_str(f"{result.name} {result.before:.4f} -> {result.after:.4f}")
+            bar.set_postfix_str(in_brief(result))
     reference.train(training[0])
     packed.train(training[1])
     return results

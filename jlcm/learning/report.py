@@ -1,5 +1,6 @@
 """What learning tells its caller while it runs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +21,10 @@ def collector(on_result: OnResult) -> tuple[list, OnResult]:
         on_result(result)
 
     return results, finish
+
+
+def in_brief(result: Any) -> str:
+    """Name of a layer or block, and its error before and after, for a progress bar."""
+    if math.isnan(result.before):
+        return f"{result.name} left as it was"
+    return f"{result.name} {result.before:.4f} -> {result.after:.4f}"

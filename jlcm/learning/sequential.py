@@ -32,7 +32,7 @@ from jlcm.learning.layer import (
 from jlcm.learning.objective import Moments, Quadratic, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
-from jlcm.learning.report import OnResult, collector, ignore
+from jlcm.learning.report import OnResult, collector, ignore, in_brief
 from jlcm.learning.resume import read_part, restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
@@ -149,7 +149,7 @@ def learn_layers(
                 metadata["relative_error"] = repr(target.weight.relative_error)
                 save_part(path, stored_parts(target), metadata)
             finish(result)
-            bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
+            bar.set_postfix_str(in_brief(result))
     for name, note in calibration.skipped.items():
         finish(LayerResult(name=name, note=note))
     reference.train(training[0])

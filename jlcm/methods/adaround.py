@@ -18,7 +18,7 @@ from tqdm import tqdm
 from jlcm.config import Invalid
 from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration, Layer
-from jlcm.learning.report import collector
+from jlcm.learning.report import collector, in_brief
 from jlcm.learning.sequential import LayerResult, joined
 from jlcm.methods.network import Network
 from jlcm.methods.reconstruction import (
@@ -122,7 +122,7 @@ def learn_layers(
         )
         result.seconds = time.perf_counter() - began
         finish(result)
-        bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
+        bar.set_postfix_str(in_brief(result))
     for result in unreached(calibration):
         finish(result)
     return results

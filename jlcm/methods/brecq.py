@@ -19,7 +19,7 @@ from jlcm.learning.activations import Activations
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, distribution_of, divergence, logits_of, precision
 from jlcm.learning.partition import Block, BlockOutputs, find_blocks
-from jlcm.learning.report import collector
+from jlcm.learning.report import collector, in_brief
 from jlcm.learning.sequential import LayerResult
 from jlcm.methods.adaround import AdaRound, adaround
 from jlcm.methods.network import Network
@@ -109,7 +109,7 @@ def brecq(
         )
         result.seconds = time.perf_counter() - began
         finish(result)
-        bar.set_postfix_str(f"{name} {result.before:.4f} -> {result.after:.4f}")
+        bar.set_postfix_str(in_brief(result))
     for result in unreached(calibration):
         finish(result)
     return results

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jlcm.config import Invalid, check_choice
 from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration
-from jlcm.learning.report import collector
+from jlcm.learning.report import collector, in_brief
 from jlcm.learning.sequential import LayerResult, joined
 from jlcm.methods.grid import Grid, group_size, split_groups
 from jlcm.methods.network import Network
@@ -131,7 +131,7 @@ def optq(
             network.notes.append(f"{layer.name}: {result.note}")
         result.seconds = time.perf_counter() - began
         finish(result)
-        bar.set_postfix_str(f"{layer.name} {result.before:.4f} -> {result.after:.4f}")
+        bar.set_postfix_str(in_brief(result))
     for result in unreached(calibration):
         network.notes.append(f"{result.name}: {result.note}")
         finish(result)
