@@ -1,5 +1,6 @@
 """What the documentation tells the reader to type works, and prints what is shown."""
 
+import csv
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from experiments.config import register
+from experiments.labels import LABELS
 from experiments.overrides import check_overrides
 
 register()
@@ -23,6 +25,17 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 WHOLE = ["docs/tutorial.md"]
 #: Words that mean something to sweeps alone.
 LAUNCHING = ("-m", "compute=", "hydra.launcher.", "+hydra.launcher.")
+#: Published tables that the README quotes: name, network, measure, and how they are called there.
+HEADLINES = [
+    ("table5_digits", "resnet18", "top-1 %", "ResNet-18, digits, top-1 %"),
+    (
+        "table5_lite",
+        "efficientnet_lite0",
+        "top-1 %",
+        "EfficientNet-Lite0, ImageNet labels, top-1 %",
+    ),
+    ("table6a_tiny", "tiny_sd", "CLIP score", "small Stable Diffusion, CLIP score"),
+]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
@@ -70,6 +83,37 @@ def execute(page, shell=None):
                     for line in text.replace("\\\n", " ").splitlines():
                         shell(line)
     return names, printed
+
+
+def headlines():
+    """Lines of the README's table of results, from the published tables."""
+    for table, model, measure, name in HEADLINES:
+        with (ROOT / f"results/tables/{table}.csv").open() as file:
+            rows = [
+                r for r in csv.DictReader(file) if (r["model"], r["measure"]) == (model, measure)
+            ]
+        for alpha in sorted({row["alpha"] for row in rows}, key=float):
+            cells = {r["method"]: r for r in rows if r["alpha"] == alpha and r["ours"]}
+            ours = cells["jlcm"]
+            others = {m: float(r["ours"]) for m, r in cells.items() if not m.startswith("jlcm")}
+            best = max(others, key=others.get)
+            packed = float(ours["file bytes"]) / 1e6
+            shown = [
+                name,
+                alpha,
+                f"{packed * float(ours['alpha total']):.2f} → {packed:.2f}",
+                f"{float(ours['original']):.1f}",
+                f"**{float(ours['ours']):.1f}**",
+                f"{others[best]:.1f} ({LABELS[best]})",
+                f"{others['rtn']:.1f}",
+            ]
+            yield f"| {' | '.join(shown)} |"
+
+
+def test_results_in_the_readme_are_the_published_ones():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    shown = [line for line in lines if any(line.startswith(f"| {h[-1]} |") for h in HEADLINES)]
+    assert shown == list(headlines())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if has(page, "bash")])
