@@ -1,6 +1,6 @@
 """Ablation of learning: Table 4 and what goes beyond it, one network, several goals and seeds.
 
-    python -m benchmarks.ablation resnet18_digits --output results/table4_resnet18_digits.csv
+    python -m benchmarks.ablation resnet18_digits --output results/ablation_resnet18_digits.csv
 
 Every cell is a run of `run.py` in a process of its own, so time and peak memory are its own too.
 Finished runs are read from their records, so an interrupted benchmark goes on where it stopped.
