@@ -64,18 +64,7 @@ class Wrapped(nn.Module):
         return self.inner(x)
 
 
-class Plain(nn.Module):
-    """Many layers in one module, none of them in a module of its own kind."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def calibration_of(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> Calibration:
+def calibration_of(model: nn.Module, x: torch.Tensor, memory=2**30, folder=None) -> Calibration:
     packed = jlcm.quantize(model.eval(), "rtn", bits=3, progress=False)
     return Calibration(
         packed,
@@ -87,6 +76,7 @@ def calibration_of(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> Ca
         held_out=0.1,
         seed=0,
         device=torch.device("cpu"),
+        folder=folder,
     )
 
 
@@ -134,13 +124,16 @@ def test_arguments_that_keep_their_defaults_do_not_join_blocks():
     ]
 
 
+def linear(depth: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))
+
+
 def test_containers_do_not_bind():
-    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
-    assert [len(block) for block in names(nn.Sequential(layers), tokens())] == [2, 2, 2]
+    assert [len(block) for block in names(nn.Sequential(linear(6)), tokens())] == [2, 2, 2]
 
 
 def test_large_modules_do_not_bind():
-    few, many = (Wrapped(Plain(depth)) for depth in (MOST_WEIGHTS, MOST_WEIGHTS + 1))
+    few, many = (Wrapped(Wrapped(linear(depth))) for depth in (MOST_WEIGHTS, MOST_WEIGHTS + 1))
     assert [len(block) for block in names(few, tokens())] == [MOST_WEIGHTS]
     assert [len(block) for block in names(many, tokens())] == [2] * (MOST_WEIGHTS // 2) + [1]
 
@@ -148,9 +141,9 @@ def test_large_modules_do_not_bind():
 @pytest.mark.parametrize("memory", [0, 2**30])
 def test_outputs_are_the_originals_in_memory_and_on_disk(memory, tmp_path):
     model, x = inverted(), images()
-    calibration = calibration_of(model, x, memory)
+    calibration = calibration_of(model, x, memory, tmp_path)
     for block in find_blocks(calibration, 2):
-        outputs = BlockOutputs(calibration, block, memory=memory, folder=tmp_path)
+        outputs = BlockOutputs(calibration, block)
         assert bool(list(tmp_path.rglob("*.safetensors"))) == (memory == 0)
     reached = torch.cat([outputs[number] for number in range(3)])
     with torch.no_grad():

@@ -80,6 +80,22 @@ class Activations:
         return Path(self._temporary.name)
 
 
+class Tensors:
+    """One tensor for each batch of calibration inputs, kept like `Activations`."""
+
+    def __init__(self, memory: int, folder: Path | None = None) -> None:
+        """Start empty; arguments as there."""
+        self._kept = Activations(memory, folder)
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        """Keep the tensor of a batch."""
+        self._kept.put(number, ({"tensor": tensor}, {}))
+
+    def __getitem__(self, number: int) -> Tensor:
+        """The tensor of a batch, on the CPU."""
+        return self._kept.get(number)[0]["tensor"]
+
+
 def size_of(states: tuple[State, State]) -> int:
     """Bytes of the tensors; one that both networks share counts once."""
     tensors = {id(v): v for state in states for v in state.values() if isinstance(v, Tensor)}

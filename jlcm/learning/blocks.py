@@ -160,8 +160,7 @@ def learn_blocks(
                 finish(replace(result, restored=True))
                 continue
             began = time.perf_counter()
-            learner = _Block(calibration, block, twin, members, options, seed + index, folder)
-            result = learner.train()
+            result = _Block(calibration, block, twin, members, options, seed + index).train()
             result.seconds = time.perf_counter() - began
             if path is not None:
                 save_part(path, _buffers(members), {"result": json.dumps(asdict(result))})
@@ -175,15 +174,15 @@ def learn_blocks(
 class _Block:
     """State of the training of one block."""
 
-    def __init__(self, calibration, block, twin, members, options, seed, folder) -> None:
+    def __init__(self, calibration, block, twin, members, options, seed) -> None:
         self.calibration, self.block, self.options, self.seed = calibration, block, options, seed
         self.modules, self.members = dict(twin.named_modules()), members
         self.end = calibration.nodes[block.stop - 1]
-        self.targets = BlockOutputs(calibration, block, memory=options.memory, folder=folder)
+        self.targets = BlockOutputs(calibration, block)
 
     def train(self) -> BlockResult:
         options, calibration = self.options, self.calibration
-        result = BlockResult(name=f"{self.block.weights[0]} .. {self.block.weights[-1]}")
+        result = BlockResult(name=self.block.name)
         result.before = result.after = self._held_out()
         best = self._state()
         optimizer = optimizer_of(

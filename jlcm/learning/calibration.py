@@ -73,6 +73,8 @@ class Calibration:
     Attributes:
         layers: packed weights in forward order.
         skipped: reason by name of each packed weight that cannot be learned.
+        memory: bytes of activations kept in memory.
+        folder: where the rest goes for a while, None for the system's place.
         weights: by name of module what each position of its output counts (inputs, positions);
             in those that are missing all count alike.
     """
@@ -117,6 +119,7 @@ class Calibration:
         """
         self.packed, self.reference, self.device = packed, reference, device
         self.positions, self.seed, self.precision = positions, seed, precision
+        self.memory, self.folder = memory, folder
         self._kept = Activations(memory, folder)
         self.weights = weights or {}
         self.inputs = split_inputs(batches, forward_batch)
@@ -314,9 +317,11 @@ class Calibration:
                 self._kept_at[number] = position
             yield states
 
-    def state(self, number: int, model: int, rows: Tensor) -> State:
-        """Some inputs of a batch in a state that was kept, on the device."""
+    def state(self, number: int, model: int, rows: Tensor | None = None) -> State:
+        """A copy of a state that was kept, on the device: some inputs of a batch, None for all."""
         state = self._kept.get(number)[model]
+        if rows is None:
+            return self._to_device(state, copy=True)
         batch = len(rows)
         for node, value in state.items():
             if isinstance(value, Tensor) and value.dim() and len(value) == batch:

@@ -7,13 +7,12 @@ inverted residual without a skip: BRECQ (Li et al., 2021) takes the blocks of th
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 
 from jlcm.layers import stored_tensors
-from jlcm.learning.activations import Activations
+from jlcm.learning.activations import Tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.packed import StoredWeight
 
@@ -31,6 +30,11 @@ class Block:
     stop: int
     weights: list[str]
     tensors: set[str]
+
+    @property
+    def name(self) -> str:
+        """Its first and last packed weight."""
+        return f"{self.weights[0]} .. {self.weights[-1]}"
 
 
 def find_blocks(calibration: Calibration, least: int) -> list[Block]:
@@ -68,42 +72,27 @@ def find_blocks(calibration: Calibration, least: int) -> list[Block]:
     return [block for block in blocks if block.weights]
 
 
-class BlockOutputs:
-    """Wanted outputs of a block: tensors on the CPU, one for each batch of calibration inputs.
+class BlockOutputs(Tensors):
+    """Wanted outputs of a block, float32: one tensor for each batch of calibration inputs.
 
     Attributes:
         variance: of all their elements.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, calibration: Calibration, block: Block, *, memory: int, folder: Path | None = None
-    ) -> None:
-        """Run the original's block on all calibration inputs, whose states before it are kept.
-
-        Args:
-            calibration: both networks.
-            block: of them.
-            memory: bytes kept in memory; the rest lies on disk.
-            folder: where a temporary folder is made for the rest, None for the system's place.
-        """
-        self._kept, end = Activations(memory, folder), calibration.nodes[block.stop - 1]
+    def __init__(self, calibration: Calibration, block: Block) -> None:
+        """Run the original's block on all calibration inputs, whose states before it are kept."""
+        super().__init__(calibration.memory, calibration.folder)
+        end = calibration.nodes[block.stop - 1]
         count = total = squared = 0.0
         for number, _ in enumerate(calibration.states(block.start, keep=True)):
-            rows = torch.ones(len(calibration.inputs[number]), dtype=torch.bool)
-            state = calibration.state(number, model=1, rows=rows)
+            state = calibration.state(number, model=1)
             calibration.run(1, state, block.start, block.stop)
-            output = state[end].float()
+            self[number] = output = state[end].float()
             count += output.numel()
             total += float(output.double().sum())
             squared += float(output.double().square().sum())
-            self._kept.put(number, ({}, {end: output}))
         self.variance = max(squared / count - (total / count) ** 2, 1e-30)
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Outputs of a batch: (inputs, ...) float32."""
-        (output,) = self._kept.get(number)[1].values()
-        return output
 
 
 def _called(node: fx.Node, owners: dict[str, list[str]]) -> list[str]:

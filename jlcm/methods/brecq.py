@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jlcm.config import Invalid, check_choice
 from jlcm.layers import STORE, stored_tensors
-from jlcm.learning.activations import Activations
+from jlcm.learning.activations import Tensors
 from jlcm.learning.calibration import Calibration
 from jlcm.learning.forward import PRECISIONS, distribution_of, divergence, logits_of, precision
 from jlcm.learning.partition import Block, BlockOutputs, find_blocks
@@ -103,9 +103,8 @@ def brecq(
             twin.get_submodule(owner)._modules[STORE][tensor] = rounding
             roundings.append((rounding, store[name]))
         learner = _Block(calibration, block, twin, options, network.seed)
-        name = f"{block.weights[0]} .. {block.weights[-1]}"
         result = reconstruct(
-            name, roundings, loss=learner.loss, error=learner.error, options=options
+            block.name, roundings, loss=learner.loss, error=learner.error, options=options
         )
         result.seconds = time.perf_counter() - began
         finish(result)
@@ -125,12 +124,12 @@ class _Block:
         self.modules, self.end = dict(twin.named_modules()), calibration.nodes[block.stop - 1]
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
-        self.targets = BlockOutputs(calibration, block, memory=options.memory)
-        self.importance: Activations | None = None
+        self.targets = BlockOutputs(calibration, block)
+        self.importance: Tensors | None = None
         if options.loss == "fisher":
-            self.importance = Activations(options.memory)
+            self.importance = Tensors(calibration.memory)
             for number in range(len(calibration.inputs)):
-                self.importance.put(number, ({self.end: self._gradients(number)}, {}))
+                self.importance[number] = self._gradients(number)
 
     def loss(self, step: int) -> Tensor:
         """Squared error of a batch, summed over channels, its mean over images and positions."""
@@ -138,12 +137,12 @@ class _Block:
             count = len(self.calibration.inputs)
             self.order = torch.randperm(count, generator=self.generator).tolist()
         number = self.order.pop()
-        state = self._state(number, model=0)
+        state = self.calibration.state(number, model=0)
         with precision(self.options.precision, self.calibration.device):
             self.calibration.run(0, state, self.block.start, self.block.stop, modules=self.modules)
             squared = (state[self.end].float() - self._on_device(self.targets[number])).square()
             if self.importance is not None:
-                squared = squared * self._on_device(self.importance.get(number)[0][self.end])
+                squared = squared * self._on_device(self.importance[number])
             # Channels are the second dimension of images, the last of tokens.
             return squared.sum(1 if squared.dim() == 4 else -1).mean()
 
@@ -152,7 +151,7 @@ class _Block:
         """Squared error of the packed block on all inputs over the variance of the targets."""
         total = count = 0.0
         for number in range(len(self.calibration.inputs)):
-            state, target = self._state(number, model=0), self.targets[number]
+            state, target = self.calibration.state(number, model=0), self.targets[number]
             self.calibration.run(0, state, self.block.start, self.block.stop)
             difference = state[self.end].float() - self._on_device(target)
             total, count = total + float(difference.square().sum()), count + target.numel()
@@ -161,10 +160,10 @@ class _Block:
     def _gradients(self, number: int) -> Tensor:
         """Squared gradient of the divergence for each output of the block, (|g| + 1)^2."""
         calibration, nodes = self.calibration, self.calibration.nodes
-        state = self._state(number, model=0)
+        state = self.calibration.state(number, model=0)
         calibration.run(0, state, self.block.start, self.block.stop)
         state[self.end] = output = state[self.end].detach().requires_grad_(True)
-        whole = self._state(number, model=1)
+        whole = self.calibration.state(number, model=1)
         with torch.no_grad():
             calibration.run(1, whole, self.block.start, len(nodes))
         calibration.run(0, state, self.block.stop, len(nodes))
@@ -173,10 +172,6 @@ class _Block:
         loss = divergence(logits, target, distribution=distribution) * len(output)
         (gradient,) = torch.autograd.grad(loss, output)
         return (gradient.abs() + 1).square().cpu()
-
-    def _state(self, number: int, model: int) -> dict:
-        rows = torch.ones(len(self.calibration.inputs[number]), dtype=torch.bool)
-        return self.calibration.state(number, model=model, rows=rows)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.calibration.device)
