@@ -25,7 +25,7 @@ from jlcm.learning.forward import (
     precision,
     to_device,
 )
-from jlcm.learning.products import Product, watching_products
+from jlcm.learning.products import Product, noting_calls, watching_products
 from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.select import as_matrix
 
@@ -253,7 +253,12 @@ def estimate_distortions(
     parts = dict.fromkeys(weights, 1.0)
     if learned:
         parts = unexplained_parts(model, weights, batches, seed=seed)
-    with recorded_layers(model) as states, _running(x, device), _calls(model, weights) as calls:
+    owners = {name.rpartition(".")[0] for name in weights}
+    with (
+        recorded_layers(model) as states,
+        _running(x, device),
+        noting_calls(model, owners) as calls,
+    ):
         target = outputs_of(model, x, device, "the network")
     found = {}
     bar = tqdm(weights.items(), desc="allocation", unit="layer", disable=not progress, leave=False)
@@ -281,19 +286,6 @@ def estimate_distortions(
             harm[0] *= ONE_BIT
         found[name] = [parts[name] * value for value in harm]
     return found
-
-
-@contextmanager
-def _calls(model: nn.Module, weights: Collection[str]) -> Iterator[list[str]]:
-    """Names of the modules that hold the weights, in the order in which they run."""
-    calls: list[str] = []
-    with ExitStack() as hooks:
-        for owner in {name.rpartition(".")[0] for name in weights}:
-            hook = model.get_submodule(owner).register_forward_hook(
-                lambda *_, owner=owner: calls.append(owner)
-            )
-            hooks.callback(hook.remove)
-        yield calls
 
 
 def distortions(

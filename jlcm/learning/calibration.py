@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from jlcm.layers import STORE, HalfTensor, is_static_norm
 from jlcm.learning.activations import Activations, State
 from jlcm.learning.nested import NestedCalls
-from jlcm.learning.products import output_columns, product_of
+from jlcm.learning.products import noting_calls, output_columns, product_of
 from jlcm.packed import StoredWeight
 
 #: Activations that treat every element alike, so that sampled columns suffice.
@@ -241,17 +241,9 @@ class Calibration:
         """Modules in the order of their calls, with their places in the graph."""
         if self.nodes is not None:
             return [(n.target, i) for i, n in enumerate(self.nodes) if n.op == "call_module"]
-        calls: list[tuple[str, int]] = []
-        hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name: calls.append((name, 0)))
-            for name, module in self.reference.named_modules()
-        ]
-        try:
+        with noting_calls(self.reference, self._modules[1]) as calls:
             self.reference(self.inputs[0][:1].to(self.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return calls
+        return [(name, 0) for name in calls]
 
     def _following(self, position: int, counts: Counter) -> tuple[str | None, bool, Any]:
         """Norm, whether it is folded, and activation that alone read the output of a node."""

@@ -6,7 +6,7 @@ their input first need no cases of their own.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -188,6 +188,19 @@ def watching_products(
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def noting_calls(model: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
+    """A list that gets the name of each of these modules whenever it begins to run."""
+    calls: list[str] = []
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda *_, name=name: calls.append(name)
+            )
+            hooks.callback(hook.remove)
+        yield calls
 
 
 def output_columns(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
