@@ -60,6 +60,7 @@ ROWS: dict[str, list[str]] = {
     "lnq + fisher importance": ["learn=lnq", "learn.importance=fisher"],
     "lnq + blocks": ["learn=blocks"],
     "lnq + distillation": ["learn=distill"],
+    "lnq + rotation": ["learn=lnq", "learn.rotation=hadamard"],
     "lnq + allocation": ["learn=lnq", "learn.allocation=auto"],
     "default": [],
 }

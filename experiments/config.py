@@ -183,13 +183,15 @@ class ReorderConfig:
 class LearnConfig:
     """Learning after the initialisation: layer by layer, block by block, then end to end.
 
-    `allocation` and `importance` are arguments of `jlcm.compress` that need calibration inputs.
+    `allocation`, `rotation` and `importance` are arguments of `jlcm.compress`; all but rotation
+    need calibration inputs.
     `options`, `blocks` and `distill` are fields of `jlcm.Learn`, `jlcm.Blocks` and `jlcm.Distill`,
     added with a plus (+learn.options.sign=printed). Null leaves blocks or distillation out.
     """
 
     kind: str = "none"
     allocation: str = "uniform"  # bits per layer: uniform, or auto (by sensitivity, same bytes)
+    rotation: str | None = None  # hadamard: rows are rotated before they are encoded
     importance: str | None = None  # fisher: weights the clustering of the initialisation
     options: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] | None = None
@@ -318,6 +320,8 @@ def identity(config: DictConfig) -> dict[str, Any]:
     measurements = {name: resolved.pop(name) for name in ("footprint", "latency")}
     if task == "latency" and resolved["method"]["name"] == "jlcm":
         resolved["method"]["name"] = "jlcm_init"  # learning changes no time
+    if resolved["learn"]["rotation"] is None:
+        del resolved["learn"]["rotation"]  # as in runs from before there was one
     if resolved["method"]["name"] == "jlcm_init":
         del resolved["learn"]
     elif resolved["method"]["name"] != "jlcm":

@@ -18,7 +18,15 @@ from experiments.config import (
     LearnConfig,
     PromptsConfig,
 )
-from jlcm.config import ALLOCATIONS, FIRST_LAST, REORDERINGS, Invalid, check_alpha, check_choice
+from jlcm.config import (
+    ALLOCATIONS,
+    FIRST_LAST,
+    REORDERINGS,
+    ROTATIONS,
+    Invalid,
+    check_alpha,
+    check_choice,
+)
 from jlcm.quantize import METHODS
 
 #: Methods that the groups init, encoding, reorder and learn belong to.
@@ -91,6 +99,8 @@ def compress_options(config: Config) -> dict[str, Any]:
     chosen = config.learn if config.method.name == "jlcm" else LearnConfig()
     check_choice("reorder", config.reorder.mode, REORDERINGS)
     check_choice("learn.allocation", chosen.allocation, ALLOCATIONS)
+    if chosen.rotation is not None:
+        check_choice("learn.rotation", chosen.rotation, ROTATIONS)
     if chosen.importance is not None:
         check_choice("learn.importance", chosen.importance, ("fisher",))
     try:
@@ -112,6 +122,7 @@ def compress_options(config: Config) -> dict[str, Any]:
         "reorder": config.reorder.mode,
         "importance": chosen.importance,
         "allocation": chosen.allocation,
+        "rotation": chosen.rotation,
         "learn": None if learn.kind == "none" else learn,
         "blocks": blocks,
         "distill": distill,

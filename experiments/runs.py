@@ -50,6 +50,8 @@ NEEDED = ("model", "data", *_NUMBERS)
 CELL = ["panel", "method", "options", "init", "encoding", "alpha_goal"]
 #: Options that a compared method may set differently without becoming a variant of itself.
 _FREE = {"method.bits", "encoding.first_last"}
+#: Options that make a run more than its initialisation.
+_LEARNED = ("learn.rotation", "learn.importance", "learn.blocks", "learn.distill")
 #: Options of data that a title says otherwise, or not.
 _UNTITLED = {"kind", "limit", *DATA_PLACES}
 
@@ -185,7 +187,7 @@ def _method(config: dict[str, Any]) -> str:
     learned = (
         config.get("learn.kind", "none") != "none"
         or config.get("learn.allocation", "uniform") != "uniform"
-        or any(k.startswith(("learn.importance", "learn.blocks", "learn.distill")) for k in config)
+        or any(k.startswith(_LEARNED) for k in config)
     )
     return "jlcm_init" if method == "jlcm" and not learned else method
 

@@ -360,8 +360,9 @@ def _weight(
             return ExpandedWeight(base, terms=terms, **own, **sparse)
         case "uniform":
             kind, layout = UniformWeight, {"group": description.get("group")}
-        case "codebooks":
-            kind, layout = PackedWeight, {"tile": description.get("tile")}
+        case "codebooks" | "rotated" as stored:
+            tile, rotated = description.get("tile"), stored == "rotated"
+            kind, layout = PackedWeight, {"tile": tile, "rotated": rotated}
         case other:
             raise ValueError(f"unknown kind of weight {other!r}")
     sizes = {"shape": description["shape"], "bits": description["bits"]}

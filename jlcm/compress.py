@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jlcm.budget import MAX_BITS, allocate, goal_bytes
-from jlcm.config import ALLOCATIONS, REORDERINGS, Encoding, Init, Invalid, check_alpha, check_choice
+from jlcm.config import (
+    ALLOCATIONS,
+    REORDERINGS,
+    ROTATIONS,
+    Encoding,
+    Init,
+    Invalid,
+    check_alpha,
+    check_choice,
+)
 from jlcm.decoder import decoder_groups, decoder_layers
 from jlcm.encode import encode, encode_int8, group_count, kinds, neuron_order
 from jlcm.fold import fold_batch_norms, norms_after_layers
@@ -47,7 +56,8 @@ class Compression:
     Attributes:
         alpha: goal.
         reference_bytes: parameters and floating buffers of the original model at 2 bytes each.
-        options: init, encoding, reorder, allocation, outliers and seed, or the compared method's.
+        options: init, encoding, reorder, allocation, rotation, outliers and seed, or those of the
+            compared method.
         notes: what was done otherwise than asked, one sentence each.
         relu: names of ReLU6 modules of the original that are plain ReLU in the compressed model.
         linear: names of transformers' Conv1D modules of the original that are Linear in it.
@@ -71,6 +81,7 @@ def compress(
     filter_fn: Filter = linear_and_convolution,
     importance: dict[str, Tensor] | str | None = None,
     allocation: str = "uniform",
+    rotation: str | None = None,
     outliers: float = 0.0,
     example_inputs: Any = None,
     calibration: Sequence[Tensor] | Tensor | None = None,
@@ -107,6 +118,8 @@ def compress(
             missing tensors count evenly. "fisher" estimates them on the calibration inputs.
         allocation: "uniform" (the same bits for all layers, Eq. 3) or "auto" (bits by sensitivity,
             the Fisher information on the calibration inputs, at the same bytes).
+        rotation: "hadamard" (rows are encoded in a basis in which their values are nearly normal,
+            `jlcm.rotation`, at the same bytes) or None.
         outliers: part of the bytes, at least 0 and below 1, for sparse 16-bit corrections of single
             weights, which are added before distillation.
         example_inputs: one batch (or tuple of arguments) that the network accepts, to trace where
@@ -150,6 +163,8 @@ def compress(
     if reorder == "propagated" and example_inputs is None:
         raise Invalid("reorder=propagated needs example_inputs to trace the network with")
     check_choice("allocation", allocation, ALLOCATIONS)
+    if rotation is not None:
+        check_choice("rotation", rotation, ROTATIONS)
     if isinstance(importance, str):
         check_choice("importance", importance, ("fisher",))
     if allocation == "auto" and encoding.budget == "per_layer":
@@ -176,7 +191,8 @@ def compress(
             "allocation": allocation,
             "outliers": outliers,
             "seed": seed,
-        },
+        }
+        | ({} if rotation is None else {"rotation": rotation}),
         linear=linear,
     )
     folded = fold_batch_norms(model) if encoding.fold_bn else set()
@@ -198,6 +214,7 @@ def compress(
             calibration,
             most_bits=MAX_BITS,
             learned=bool(learn),
+            rotated=rotation is not None,
             fisher=fisher,
             folder=_part(folder, "allocation"),
             **stage,
@@ -233,6 +250,7 @@ def compress(
             encoding,
             init,
             importance=importance.get(name),
+            rotated=rotation is not None,
             try_stored_order=reorder in ("auto", "stored") and name not in propagated,
             always_store_order=reorder == "stored",
             seed=seed,

@@ -10,6 +10,7 @@ REORDERINGS = ("auto", "propagated", "stored", "none")
 FEATURES = ("weights", "quantiles")
 FIRST_LAST = ("same", "int8")
 ALLOCATIONS = ("uniform", "auto")
+ROTATIONS = ("hadamard",)
 
 
 class Invalid(ValueError):

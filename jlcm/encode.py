@@ -9,6 +9,7 @@ from jlcm.clustering.scalar import cluster
 from jlcm.config import Encoding, Init
 from jlcm.packed import PackedWeight, group_sizes, tile_index
 from jlcm.packing import order_bytes
+from jlcm.rotation import rotate, rotate_squares
 
 
 def kinds(encoding: Encoding) -> tuple[str, ...]:
@@ -53,6 +54,7 @@ def encode(
     init: Init,
     *,
     importance: Tensor | None = None,
+    rotated: bool = False,
     try_stored_order: bool = True,
     always_store_order: bool = False,
     seed: int = 0,
@@ -68,6 +70,7 @@ def encode(
         encoding: kind, tile, scales.
         init: clustering.
         importance: of each weight, same shape, non-negative; None for equal.
+        rotated: encode the rotated rows.
         try_stored_order: consider storing an order of the rows, where it is paid for.
         always_store_order: store it wherever it is paid for, better or not.
         seed: of the clustering.
@@ -81,6 +84,8 @@ def encode(
         # Scaled to 1, because squared gradients may be too small for float32.
         costs = importance.detach().double().cpu().reshape(matrix.shape)
         costs = (costs / costs.max().clamp(min=torch.finfo(torch.float64).tiny)).float()
+    if rotated:
+        matrix, costs = rotate(matrix), None if costs is None else rotate_squares(costs)
     candidates = []
     for kind in kinds(encoding):
         plain = groups_for(kind, allocation.spare, allocation, encoding.tile)
@@ -97,8 +102,11 @@ def encode(
             candidates.append((kind, *ordered, order))
     best, least = None, float("inf")
     for candidate in candidates:
-        packed = _fit(weight, matrix, allocation.bits, *candidate, encoding, init, costs, seed)
-        squared = (packed().double().view(matrix.shape) - matrix).square()
+        packed = _fit(
+            weight, matrix, allocation.bits, *candidate, encoding, init, costs, rotated, seed
+        )
+        decoded = packed().double().view(matrix.shape)
+        squared = ((rotate(decoded) if rotated else decoded) - matrix).square()
         packed.relative_error = relative_error(squared.sum(), matrix)
         error = float((squared if costs is None else squared * costs).sum())
         if error < least or best is None:
@@ -111,7 +119,9 @@ def relative_error(squared: Tensor, matrix: Tensor) -> float:
     return float((squared / matrix.double().square().sum().clamp(min=1e-300)).sqrt())
 
 
-def _fit(weight, matrix, bits, kind, books, scale_count, order, encoding, init, importance, seed):
+def _fit(
+    weight, matrix, bits, kind, books, scale_count, order, encoding, init, importance, rotated, seed
+):
     """Encode with one candidate: kind, number of codebooks and scales, order or None."""
     flat = (matrix if order is None else matrix[order]).reshape(-1)
     if importance is not None:
@@ -135,6 +145,7 @@ def _fit(weight, matrix, bits, kind, books, scale_count, order, encoding, init, 
         scales=scales,
         order=order,
         tile=tile,
+        rotated=rotated,
         dtype=weight.dtype,
     )
     if scales is not None and encoding.refit_scales:

@@ -13,7 +13,8 @@ are presets:
 | tiles (LUT-B)  | rows x cols each | none             |
 
 Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after
-another. With k < n_o a group spans rows, with k > n_o a row holds several groups.
+another. With k < n_o a group spans rows, with k > n_o a row holds several groups. Any of them may
+encode the rows of W R in place of W's, R a rotation that follows from the number of columns.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from jlcm.packing import order_bytes, pack, pack_order, packed_bytes, unpack, unpack_order
+from jlcm.rotation import unrotate
 
 
 def group_sizes(count: int, groups: int) -> Tensor:
@@ -123,6 +125,7 @@ class PackedWeight(StoredWeight):
     Attributes:
         bits: width of a code; a codebook has at most 2**bits codewords.
         tile: (rows, cols) where codebooks belong to tiles, None for flat groups.
+        rotated: whether rows are encoded in the basis of `jlcm.rotation`.
         codes: (ceil(N * bits / 8),) uint8.
         codebooks: (groups, codewords) float16, each row ascending.
         scales: (groups,) float16, or None.
@@ -139,6 +142,7 @@ class PackedWeight(StoredWeight):
         scales: Tensor | None = None,
         order: Tensor | None = None,
         tile: tuple[int, int] | None = None,
+        rotated: bool = False,
         dtype: torch.dtype = torch.float32,
         relative_error: float = float("nan"),
     ) -> None:
@@ -148,7 +152,7 @@ class PackedWeight(StoredWeight):
             ValueError: if the parts do not fit together.
         """
         super().__init__(shape, bits, dtype, relative_error)
-        self.tile = None if tile is None else tuple(tile)
+        self.tile, self.rotated = None if tile is None else tuple(tile), rotated
         self.register_buffer("codes", codes)
         self.register_buffer("codebooks", codebooks)
         self.register_buffer("scales", scales)
@@ -176,7 +180,7 @@ class PackedWeight(StoredWeight):
             bits: width of a code.
             scales: (groups,), rounded to float16.
             order: (n_o,) int64.
-            options: tile, dtype, relative_error.
+            options: tile, rotated, dtype, relative_error.
 
         Raises:
             ValueError: if a code has no codeword, or the parts do not fit together.
@@ -197,7 +201,8 @@ class PackedWeight(StoredWeight):
 
     def describe(self) -> dict[str, Any]:
         """What the file says about it beside its buffers."""
-        return super().describe() | ({} if self.tile is None else {"tile": self.tile})
+        kind = {"kind": "rotated"} if self.rotated else {}
+        return super().describe() | kind | ({} if self.tile is None else {"tile": self.tile})
 
     def sizes(self) -> dict[str, int]:
         """Bytes of codes, codebooks, scales and the order of the rows."""
@@ -256,6 +261,8 @@ class PackedWeight(StoredWeight):
         order = self.row_order()
         if order is not None:
             values = torch.empty_like(values).index_copy_(0, order, values)
+        if self.rotated:
+            values = unrotate(values)
         return values.view(self.shape).to(self.dtype)
 
     def extra_repr(self) -> str:
@@ -263,7 +270,7 @@ class PackedWeight(StoredWeight):
         scales = 0 if self.scales is None else self.scales.numel()
         return (
             f"shape={self.shape}, bits={self.bits}, codebooks={self.codebooks.shape[0]}, "
-            f"scales={scales}, stored_order={self.order is not None}"
+            f"scales={scales}, stored_order={self.order is not None}, rotated={self.rotated}"
         )
 
     def check(self) -> None:

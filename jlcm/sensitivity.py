@@ -27,6 +27,7 @@ from jlcm.learning.forward import (
 )
 from jlcm.learning.products import Product, noting_calls, watching_products
 from jlcm.learning.resume import read_part, save_part, stage_folder
+from jlcm.rotation import rotate, rotate_squares, unrotate
 from jlcm.select import as_matrix
 
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
@@ -216,6 +217,7 @@ def estimate_distortions(
     *,
     most_bits: int,
     learned: bool,
+    rotated: bool = False,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -234,6 +236,7 @@ def estimate_distortions(
         fisher: of `fisher_information`.
         most_bits: widest code.
         learned: whether layers are learned afterwards.
+        rotated: whether rows are rotated before they are encoded.
         seed: of sampled positions.
         device: where it runs; the model stays there.
         progress: show a progress bar.
@@ -252,7 +255,7 @@ def estimate_distortions(
         batches = [to_device(b, device) for b in _first(inputs, MEASURED_INPUTS, 4)]
     parts = dict.fromkeys(weights, 1.0)
     if learned:
-        parts = unexplained_parts(model, weights, batches, seed=seed)
+        parts = unexplained_parts(model, weights, batches, rotated=rotated, seed=seed)
     owners = {name.rpartition(".")[0] for name in weights}
     with (
         recorded_layers(model) as states,
@@ -269,7 +272,7 @@ def estimate_distortions(
             if bits > CLUSTERED_BITS:
                 harm.append(harm[-1] / 4)
                 continue
-            coded = _clustered(original, fisher[name], bits)
+            coded = _clustered(original, fisher[name], bits, rotated)
             error = fisher[name].double() * (coded - original.cpu()).double().square()
             divergence_ = 0.5 * float(error.sum()) / outputs
             if bits <= MEASURED_BITS:
@@ -295,6 +298,7 @@ def distortions(
     *,
     most_bits: int,
     learned: bool,
+    rotated: bool = False,
     fisher: dict[str, Tensor] | None = None,
     folder: Path | None = None,
     seed: int = 0,
@@ -309,6 +313,7 @@ def distortions(
         inputs: as there.
         most_bits: as there.
         learned: as there.
+        rotated: as there.
         fisher: of `fisher_information`; None to compute it where it is needed.
         folder: where results are kept; None to keep nothing.
         seed: of sampled labels and positions.
@@ -318,15 +323,21 @@ def distortions(
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     common = {"seed": seed, "device": device, "progress": progress}
     # Weights that are not coded decide as well.
-    with stage_folder(
-        folder, f"{sorted(weights)} {most_bits} {learned} {seed}", model.state_dict(), batches
-    ) as kept:
+    key = f"{sorted(weights)} {most_bits} {learned} {rotated} {seed}"
+    with stage_folder(folder, key, model.state_dict(), batches) as kept:
         path = None if kept is None else kept / "distortions.safetensors"
         if path is not None and path.exists():
             return {name: values.tolist() for name, values in read_part(path)[1].items()}
         fisher = fisher or fisher_information(model, weights, inputs, **common)
         found = estimate_distortions(
-            model, weights, inputs, fisher, most_bits=most_bits, learned=learned, **common
+            model,
+            weights,
+            inputs,
+            fisher,
+            most_bits=most_bits,
+            learned=learned,
+            rotated=rotated,
+            **common,
         )
         if path is not None:
             parts = {name: torch.tensor(v, dtype=torch.float64) for name, v in found.items()}
@@ -336,7 +347,12 @@ def distortions(
 
 @torch.no_grad()
 def unexplained_parts(
-    model: nn.Module, weights: dict[str, nn.Parameter], batches: list[Tensor], *, seed: int = 0
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    batches: list[Tensor],
+    *,
+    rotated: bool = False,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Part of the inputs' energy of each layer that the layer's other inputs do not explain.
 
@@ -347,6 +363,7 @@ def unexplained_parts(
         model: in evaluation mode.
         weights: parameters of the model by name.
         batches: of inputs, on the model's device.
+        rotated: of the rotated inputs.
         seed: of sampled positions and inputs of a neuron.
 
     Returns:
@@ -359,8 +376,9 @@ def unexplained_parts(
         generator = torch.Generator().manual_seed(seed)
         wanted = -(-max(8 * min(product.length(), MOST_COLUMNS), 4096) // size)
         found = product.columns(product.sample(wanted, count, generator), count)
+        found = rotate(found.float().mT).mT if rotated else found.float()
         inputs = torch.randperm(found.shape[2], generator=generator)[:MOST_COLUMNS]
-        columns = found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2).float()
+        columns = found[:, :, inputs.to(found.device)].permute(1, 2, 0, 3).flatten(2)
         with torch.autocast(found.device.type, enabled=False):
             sums.setdefault(name, _Sums()).add(columns)
 
@@ -406,12 +424,14 @@ def _first(inputs: Sequence[Tensor] | Tensor, count: int, size: int) -> list[Ten
     return split_inputs(inputs, size)[: max(count // size, 1)]
 
 
-def _clustered(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
+def _clustered(weight: Tensor, importance: Tensor, bits: int, rotated: bool) -> Tensor:
     """The weight on the CPU, coded by weighted k-means of its rows relative to their norms."""
-    rows = as_matrix(weight.float().cpu())
+    rows, costs = as_matrix(weight.float().cpu()), as_matrix(importance).double()
+    if rotated:
+        rows, costs = rotate(rows), rotate_squares(costs)
     norms = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
     values = (rows / norms).reshape(-1)
-    costs = (as_matrix(importance).double() * norms.double().square()).reshape(-1)
+    costs = (costs * norms.double().square()).reshape(-1)
     step = -(-values.numel() // MOST_WEIGHTS)
     shares = (costs / costs.mean().clamp(min=1e-300)).float()
     codebook, _ = cluster(
@@ -421,4 +441,5 @@ def _clustered(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
         importance=shares[::step].contiguous(),
     )
     codes = assign(values, codebook)
-    return (codebook[0][codes.long()].view_as(rows) * norms).view_as(weight)
+    coded = codebook[0][codes.long()].view_as(rows) * norms
+    return (unrotate(coded) if rotated else coded).view_as(weight)

@@ -16,6 +16,7 @@ from jlcm.learning.objective import Moments
 from jlcm.learning.options import Learn
 from jlcm.learning.solver import Factors, pack_factors
 from jlcm.packed import PackedWeight
+from jlcm.rotation import rotate
 
 #: Vectors stay within float16.
 _LIMIT = 60000
@@ -35,7 +36,8 @@ class Target:
 
     Attributes:
         weight: packed.
-        original: (groups, rows, n) float32, the reference's weight, a folded norm included.
+        original: (groups, rows, n) float32, the reference's weight, a folded norm included, in the
+            basis that the packed weight is encoded in.
         folded: what a folded norm does to the reference layer's output, None without one.
         scale: of the norm that follows, None without one.
         shift: of the norm, or the bias of a layer without a norm; None without either.
@@ -139,6 +141,8 @@ def target_of(
             scale, shift = store[f"{layer.norm}.weight"], store[f"{layer.norm}.bias"]
             own = own if bias is None else bias().double().view(shape)
             reference = affine
+    if packed.rotated:
+        original = rotate(original)
     return Target(packed, original, folded, scale, shift, own, reference, layer.activation)
 
 

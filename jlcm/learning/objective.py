@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jlcm.learning.forward import computes_bf16
+from jlcm.rotation import rotate
 
 #: Elements of the inputs that wait to be summed up together: 64 MiB.
 MOST_WAITING = 2**24
@@ -73,6 +74,12 @@ class Moments:
         self.inputs += own_x.sum(-1)
         self.outputs += own_y.sum(-1)
         self.count += count
+
+    def rotated(self) -> "Moments":
+        """The sums of rotated inputs."""
+        self.settle()
+        gram = rotate(rotate(self.gram).mT)
+        return replace(self, gram=gram, cross=rotate(self.cross), inputs=rotate(self.inputs))
 
     def check(self) -> None:
         """Settle, and refuse sums that no weight can be fitted to.

@@ -36,6 +36,7 @@ from jlcm.learning.report import OnResult, collector, ignore, in_brief
 from jlcm.learning.resume import read_part, restore_part, save_part, stage_folder, stored_buffers
 from jlcm.learning.solver import Factors, improve, start, unpack_factors
 from jlcm.packed import PackedWeight
+from jlcm.rotation import rotate
 from jlcm.sensitivity import position_weights
 
 #: Part of what held-out inputs call the best correction of earlier errors that is made: they judge
@@ -319,6 +320,9 @@ def _collect(
             outputs.append(joined(y[~outside.to(y.device), ..., ::step]))
     train.check()
     held.check()
+    if target.weight.rotated:
+        train, held = train.rotated(), held.rotated()
+        inputs = [rotate(x.mT).mT for x in inputs]
     if not sampled:
         return train, held, None
     scale, shift = target.reference.scale.float(), target.reference.shift.float()

@@ -18,6 +18,7 @@ from jlcm.expanded import ExpandedWeight
 from jlcm.layers import STORE, HalfTensor, Stored, stored_tensors
 from jlcm.packed import PackedWeight, group_sizes
 from jlcm.packing import pack
+from jlcm.rotation import rotate, unrotate
 
 #: Gradient steps of a zero vector (biases that start at 0) are taken in this unit.
 LEAST_UNIT = 1e-2
@@ -54,7 +55,7 @@ class TrainableWeight(nn.Module):
         """
         super().__init__()
         self.shape, self.rows, self.dtype = packed.shape, packed.rows, packed.dtype
-        self.bits = packed.bits
+        self.bits, self.rotated = packed.bits, packed.rotated
         self.codebooks = nn.Parameter(packed.codebooks.float())
         has_scales = packed.scales is not None
         self.scales = nn.Parameter(packed.scales.float()) if has_scales else None
@@ -83,6 +84,8 @@ class TrainableWeight(nn.Module):
         values = values.view(self.rows, -1)
         if self.order is not None:
             values = torch.zeros_like(values).index_copy(0, self.order, values)
+        if self.rotated:
+            values = unrotate(values)
         return values.view(self.shape).to(self.dtype)
 
     @torch.no_grad()
@@ -116,6 +119,7 @@ class TrainableWeight(nn.Module):
         if original is None or original.shape != self.shape:
             return centre
         values = original.detach().to(centre.device).float().reshape(self.rows, -1)
+        values = rotate(values) if self.rotated else values
         values = (values if self.order is None else values[self.order]).reshape(-1)
         scales = packed.scale_per_weight()
         if scales is not None:
