@@ -7,8 +7,8 @@ large language models with guarantees", 2023; Hadamard matrices: Tseng et al., "
 matrix follows from the number of columns alone, so nothing is stored.
 
 With n = q p, p the greatest power of two in n, it is diag(signs) (D x H), D the cosine transform of
-q points (the identity if q is large) and H the Hadamard matrix of p, itself the Kronecker product
-of smaller ones, all of them orthogonal.
+q points (the identity if q is above 256) and H the Hadamard matrix of p, itself the Kronecker
+product of smaller ones, all of them orthogonal.
 """
 
 import math
@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-#: Sizes of the matrices that the rotation is a product of.
+#: Sizes of the matrices that the rotation is a product of, at most.
 MOST_COSINES, MOST_HADAMARD = 256, 64
 
 
@@ -35,9 +35,9 @@ def unrotate(matrix: Tensor) -> Tensor:
 
 
 def rotate_squares(squares: Tensor) -> Tensor:
-    """(..., n) times R * R elementwise: expected squares in the rotated basis.
+    """(..., n) times R * R elementwise: importance of squared errors in the rotated basis.
 
-    If values are uncorrelated with these squares, so are their rotations with those.
+    What errors of two rotated values do together is left out, as it is before the rotation.
     """
     factors = _factors(squares.shape[-1], squares.dtype, squares.device)
     return _product(squares, [factor.square() for factor in factors])
@@ -51,9 +51,8 @@ def _apply(matrix: Tensor, *, transposed: bool) -> Tensor:
 
 
 def _product(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """(..., n) times the Kronecker product of the factors."""
-    after = matrix.shape[-1]
-    values = matrix
+    """(..., n) times the Kronecker product of the factors, in blocks where it is smaller."""
+    values, after = matrix, math.prod(map(len, factors))
     for factor in factors:
         size = len(factor)
         after //= size
@@ -66,17 +65,19 @@ def _product(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Orthogonal matrices whose Kronecker product, after diag(signs), is R."""
+    """Orthogonal matrices whose Kronecker product, block by block after diag(signs), is R."""
     power = n & -n
-    odd = n // power
+    odd, size = n // power, min(power, MOST_HADAMARD)
+    odd = odd if odd <= MOST_COSINES else 1  # blocks
     # What is made in inference mode could not be used in training later.
     with torch.inference_mode(False), torch.device("cpu"):
-        eye = torch.eye(odd, dtype=torch.float64) if odd > MOST_COSINES else _cosines(odd)
-        factors = [eye] if odd > 1 else []
-        while power > 1:
-            size = min(power, MOST_HADAMARD)
-            factors.append(_hadamard(size))
-            power //= size
+        factors, rest = [_hadamard(size)], power // size
+        # Few products of middling sizes are faster than many of small ones.
+        while rest * odd > MOST_COSINES and rest > 1:
+            size = min(rest, MOST_HADAMARD)
+            factors, rest = [_hadamard(size), *factors], rest // size
+        factors = [torch.kron(_cosines(odd), _hadamard(rest)), *factors]
+        factors = [factor for factor in factors if len(factor) > 1]
         return tuple(factor.to(device, dtype) for factor in factors)
 
 
