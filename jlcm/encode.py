@@ -105,8 +105,7 @@ def encode(
         packed = _fit(
             weight, matrix, allocation.bits, *candidate, encoding, init, costs, rotated, seed
         )
-        decoded = packed().double().view(matrix.shape)
-        squared = ((rotate(decoded) if rotated else decoded) - matrix).square()
+        squared = (packed.encoded_rows().to(weight.dtype).double() - matrix).square()
         packed.relative_error = relative_error(squared.sum(), matrix)
         error = float((squared if costs is None else squared * costs).sum())
         if error < least or best is None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jlcm.packed import StoredWeight, apply_to_bytes
+from jlcm.packed import PackedWeight, StoredWeight, apply_to_bytes
+from jlcm.rotation import rotate
 
 #: Name of the submodule that holds a module's stored tensors.
 STORE = "packed"
@@ -167,8 +168,21 @@ def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
         return property(read)
 
+    def rotating_forward(self, inputs: Tensor) -> Tensor:
+        held = self._modules[STORE]["weight"]
+        # Whichever has fewer values is rotated, the inputs or the weight.
+        if not isinstance(held, PackedWeight) or not held.rotated or inputs.numel() >= held.count:
+            return forward(self, inputs)
+        weight, inputs = held.encoded_rows().to(held.dtype), rotate(inputs.float()).to(inputs)
+        return nn.functional.linear(inputs, weight, self.bias)
+
+    linear = cls.forward is nn.Linear.forward and "weight" in names
     body = {name: reader(name) for name in names}
-    body |= {"forward": forward, "_packed_names": names, "__module__": __name__}
+    body |= {
+        "forward": rotating_forward if linear else forward,
+        "_packed_names": names,
+        "__module__": __name__,
+    }
     if issubclass(cls, nn.Sequential | nn.ModuleList):  # the store is not one of its items
         body["__len__"] = lambda self: len(self._modules) - 1
         body["__iter__"] = lambda self: (m for n, m in self._modules.items() if n != STORE)

@@ -251,8 +251,8 @@ class PackedWeight(StoredWeight):
             index += (codebook * self.codebooks.shape[1]).int()
         return self.codebooks.float().view(-1).index_select(0, index)
 
-    def forward(self) -> Tensor:
-        """Decode: `shape` tensor of `dtype` (Eq. 1, 2 and 4)."""
+    def encoded_rows(self) -> Tensor:
+        """(rows, columns) float32, decoded (Eq. 1, 2 and 4) but rotated if they were encoded so."""
         values = self.codeword_per_weight()
         scales = self.scale_per_weight()
         if scales is not None:
@@ -261,6 +261,11 @@ class PackedWeight(StoredWeight):
         order = self.row_order()
         if order is not None:
             values = torch.empty_like(values).index_copy_(0, order, values)
+        return values
+
+    def forward(self) -> Tensor:
+        """Decode: `shape` tensor of `dtype`."""
+        values = self.encoded_rows()
         if self.rotated:
             values = unrotate(values)
         return values.view(self.shape).to(self.dtype)

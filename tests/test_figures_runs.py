@@ -130,7 +130,7 @@ def test_time_of_restored_layers_counts(tmp_path):
 
 def test_options_that_were_chosen_are_compared(results):
     runs = read_runs(results)
-    chosen = {"learn.allocation", "learn.distill.epochs"}
+    chosen = {"learn.allocation", "learn.distill.epochs", "learn.rotation"}
     assert (0.001, 99.0) in lines(draw("pareto_top1", runs, chosen)[0].axes[0])["JLCM"]
 
 

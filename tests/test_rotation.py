@@ -156,6 +156,23 @@ def test_decoding_is_in_float32_whatever_the_context():
     assert torch.allclose(trained.grad, 2 * rows, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 96), (2, 5, 96), (96,), (0, 96)])
+def test_few_inputs_of_linear_layers_are_rotated_in_place_of_the_weight(shape, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64))
+    packed = jlcm.compress(model, alpha=5.33, rotation="hadamard", progress=False).to(dtype)
+    inputs, many = torch.randn(shape).to(dtype), torch.randn(64, 96).to(dtype)
+    weight, bias = packed[0].weight, packed[0].bias
+    assert torch.equal(packed(many), nn.functional.linear(many, weight, bias))
+    wanted = nn.functional.linear(inputs, weight, bias)
+    monkeypatch.setattr("jlcm.packed.unrotate", None)
+    found = packed(inputs)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert torch.allclose(found, wanted, atol=tolerance)
+
+
 def test_sums_are_those_of_the_rotated_inputs():
     torch.manual_seed(0)
     plain, turned = (Moments.zeros(2, 3, 12, torch.device("cpu")) for _ in range(2))

@@ -24,7 +24,16 @@ CASES = [
     ((), "jlcm", {}),
     (("learn=none",), "jlcm_init", {}),
     (("method=jlcm_init",), "jlcm_init", {}),
-    (("learn=lnq",), "jlcm", {"learn.allocation": "uniform", "learn.distill.epochs": None}),
+    (
+        ("learn=lnq",),
+        "jlcm",
+        {"learn.allocation": "uniform", "learn.distill.epochs": None, "learn.rotation": None},
+    ),
+    (
+        ("learn=none", "learn.rotation=hadamard"),
+        "jlcm",
+        {"learn.allocation": "uniform", "learn.distill.epochs": None, "learn.kind": "none"},
+    ),
     (("learn.distill.epochs=4",), "jlcm", {"learn.distill.epochs": 4}),
     (("method=jlcm_init", "init=kmeans"), "jlcm_init", {"init.method": "kmeans"}),
     (("method=jlcm_rex",), "jlcm", {"rex.outliers": "auto"}),
@@ -138,7 +147,8 @@ def test_default_options_but_for_what_was_asked(tmp_path):
     runs = read_runs(tmp_path)
     assert len(default_options(runs)) == 1
     assert len(default_options(runs, {"init.method"})) == 2
-    assert len(default_options(runs, {"learn.allocation", "learn.distill.epochs"})) == 2
+    chosen = {"learn.allocation", "learn.distill.epochs", "learn.rotation"}
+    assert len(default_options(runs, chosen)) == 2
 
 
 def test_flatten_leaves_out_what_is_null():
