@@ -245,7 +245,7 @@ def test_trained_copies_decode_and_receive_gradients_in_the_basis_of_the_weights
     with torch.no_grad():
         weight.codebooks += step
     change = ((weight() - before) * direction).sum()
-    assert float(change) == pytest.approx(float((weight.codebooks.grad * step).sum()), rel=1e-2)
+    assert change.item() == pytest.approx((weight.codebooks.grad * step).sum().item(), rel=1e-2)
     # Latent values start at the rotated original weights, inside the cells.
     scales = stored.scale_per_weight()
     order = stored.row_order()
