@@ -124,6 +124,16 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Stored]]:
                 yield (f"{module_name}.{name}" if module_name else name), stored
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module, packed or not, computes what `nn.Linear` does."""
+    return "forward" not in vars(module) and _unpacked(type(module)).forward is nn.Linear.forward
+
+
+def _unpacked(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that `store` made a class from."""
+    return next(k for k in kind.__mro__ if not k.__module__.startswith("jlcm."))
+
+
 def computing_dtype(model: nn.Module) -> torch.dtype:
     """Floating dtype that a network computes in, packed or not: that of its first weight."""
     stored = (held.dtype for _, held in stored_tensors(model))
@@ -141,7 +151,7 @@ def packed_subclass(
         kind: the class, or one that `store` made of it.
         kept: class methods that make models anew, which are not packed.
     """
-    origin = next(k for k in kind.__mro__ if not k.__module__.startswith("jlcm."))
+    origin = _unpacked(kind)
     body = {"__module__": origin.__module__, "__qualname__": origin.__qualname__}
     body |= {name: getattr(origin, name) for name in kept}
     return type(origin.__name__, (mixin, kind), body)

@@ -424,7 +424,7 @@ def _first(inputs: Sequence[Tensor] | Tensor, count: int, size: int) -> list[Ten
     return split_inputs(inputs, size)[: max(count // size, 1)]
 
 
-def _clustered(weight: Tensor, importance: Tensor, bits: int, rotated: bool) -> Tensor:
+def _clustered(weight: Tensor, importance: Tensor, bits: int, rotated: bool = False) -> Tensor:
     """The weight on the CPU, coded by weighted k-means of its rows relative to their norms."""
     rows, costs = as_matrix(weight.float().cpu()), as_matrix(importance).double()
     if rotated:

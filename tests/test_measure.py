@@ -62,12 +62,12 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], "resnet18-88b88efb20"),
+        ([], "resnet18-84cf22b372"),
         (["alpha=5.33", "learn=none"], "resnet18-c3fc7d2c3e"),
         (["method=rtn"], "resnet18-28982d53fc"),
         (["experiment=table4", "model=vit_b16", "learn=joint"], "vit_b_16-5af173dbc3"),
         (["experiment=table5_digits", "method=brecq"], "resnet18-c474ddf87a"),
-        (["latency.rounds=2", "footprint.dtype=float32"], "resnet18-88b88efb20"),
+        (["latency.rounds=2", "footprint.dtype=float32"], "resnet18-84cf22b372"),
     ],
 )
 def test_runs_that_compress_keep_their_names(overrides, expected):

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 
 import pytest
 import scipy.fft
@@ -200,8 +201,8 @@ def test_learning_in_the_rotated_basis_reports_the_errors_of_the_network(options
         layer.nbytes for layer in footprint(start).layers
     ]
     assert all(stored.rotated for _, stored in stored_tensors(packed) if _is_weight(stored))
+    assert all(result.kept == "learned" for result in packed.learning)
     last = packed.learning[-1]
-    assert last.kept == "learned"
     every = round(1 / Learn().held_out)
     held = calibration[torch.arange(len(calibration)) % every == every - 1]
     with torch.no_grad():
@@ -212,6 +213,22 @@ def test_learning_in_the_rotated_basis_reports_the_errors_of_the_network(options
         errors = [float((p(new) - goal).square().mean()) for p in (start, packed)]
     assert last.after == pytest.approx(float(error), rel=1e-3)
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_linear_layers_that_rotate_few_inputs_are_learned():
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    packed = jlcm.compress(
+        reference,
+        alpha=7.5,
+        rotation="hadamard",
+        calibration=torch.randn(40, 32),  # fewer values than a weight has
+        learn=Learn(),
+        progress=False,
+    )
+    assert len(packed.learning) == 2
+    assert all(math.isfinite(result.before) for result in packed.learning)
+    assert packed.learning[1].kept == "learned"
 
 
 def test_rotation_helps_least_squares_codebooks():

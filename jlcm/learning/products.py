@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from jlcm.layers import is_plain_linear
+
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, torch.conv1d: 1, torch.conv2d: 2}
 
 
@@ -126,6 +128,8 @@ def product_of(name: str, module: nn.Module, args: tuple, kwargs: dict) -> Produ
         if name.endswith("in_proj_weight"):
             return Product(query)
         return Product(_heads(module, query))
+    if is_plain_linear(module):
+        return Product(args[0] if args else kwargs["input"])
     try:
         with _Interceptor(module):
             module.forward(*args, **kwargs)
