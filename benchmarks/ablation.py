@@ -62,6 +62,7 @@ ROWS: dict[str, list[str]] = {
     "lnq + distillation": ["learn=distill"],
     "lnq + rotation": ["learn=lnq", "learn.rotation=hadamard"],
     "lnq + allocation": ["learn=lnq", "learn.allocation=auto"],
+    "default without rotation": ["learn.rotation=null"],
     "default": [],
 }
 #: Networks by name: overrides of `run.py`; {data} is the folder of JLCM_DATA.
