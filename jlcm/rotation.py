@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+#: Sums over fewer values are no nearer to normal: shorter rows (depthwise 3 x 3) stay as they are.
+LEAST_COLUMNS = 16
 #: Sizes of the matrices that the rotation is a product of, at most.
 MOST_COSINES, MOST_HADAMARD = 256, 64
 
@@ -25,12 +27,16 @@ MOST_COSINES, MOST_HADAMARD = 256, 64
 def rotate(matrix: Tensor) -> Tensor:
     """(..., n) times R, in the dtype given."""
     n = matrix.shape[-1]
+    if n < LEAST_COLUMNS:
+        return matrix
     return _apply(matrix * _signs(n, matrix.dtype, matrix.device), transposed=False)
 
 
 def unrotate(matrix: Tensor) -> Tensor:
     """(..., n) times R^T: the inverse of `rotate`."""
     n = matrix.shape[-1]
+    if n < LEAST_COLUMNS:
+        return matrix
     return _apply(matrix, transposed=True) * _signs(n, matrix.dtype, matrix.device)
 
 
@@ -39,6 +45,8 @@ def rotate_squares(squares: Tensor) -> Tensor:
 
     What errors of two rotated values do together is left out, as it is before the rotation.
     """
+    if squares.shape[-1] < LEAST_COLUMNS:
+        return squares
     factors = _factors(squares.shape[-1], squares.dtype, squares.device)
     return _product(squares, [factor.square() for factor in factors])
 

@@ -22,7 +22,7 @@ from jlcm.reading import read_header
 from jlcm.rotation import _signs, rotate, rotate_squares, unrotate
 from jlcm.sensitivity import _clustered, unexplained_parts
 
-SIZES = [1, 2, 3, 9, 12, 27, 64, 147, 576, 1009, 1536, 4096, 11008]
+SIZES = [1, 9, 15, 16, 24, 25, 27, 64, 147, 576, 1009, 1536, 4096, 11008]
 
 
 class Net(nn.Module):
@@ -76,6 +76,7 @@ def test_rotations_are_the_documented_matrix(n):
     right = torch.from_numpy(scipy.linalg.hadamard(power)).double() / power**0.5
     wanted = _signs(n, torch.float64, torch.device("cpu"))[:, None] * torch.kron(left, right)
     matrix = rotate(torch.eye(n, dtype=torch.float64))
+    wanted = wanted if n >= 16 else torch.eye(n, dtype=torch.float64)
     assert torch.allclose(matrix, wanted, atol=1e-12)
     squares = torch.rand(4, n, dtype=torch.float64)
     assert torch.allclose(rotate_squares(squares), squares @ matrix.square(), atol=1e-12)
