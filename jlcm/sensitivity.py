@@ -30,6 +30,8 @@ from jlcm.learning.resume import read_part, save_part, stage_folder
 from jlcm.rotation import rotate, rotate_squares, unrotate
 from jlcm.select import as_matrix
 
+#: Of `estimate_distortions`; what another one has kept is not read.
+VERSION = 2
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
 MOST_INPUTS = 256
 #: Inputs of a step. Few, because the square of a sum over many inputs varies more.
@@ -323,7 +325,7 @@ def distortions(
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     common = {"seed": seed, "device": device, "progress": progress}
     # Weights that are not coded decide as well.
-    key = f"{sorted(weights)} {most_bits} {learned} {rotated} {seed}"
+    key = f"{VERSION} {sorted(weights)} {most_bits} {learned} {rotated} {seed}"
     with stage_folder(folder, key, model.state_dict(), batches) as kept:
         path = None if kept is None else kept / "distortions.safetensors"
         if path is not None and path.exists():

@@ -324,7 +324,7 @@ def test_one_bit_counts_more_but_for_the_layer_that_runs_last(monkeypatch):
 def test_distortions_are_kept_for_the_same_network_inputs_and_seed(tmp_path, monkeypatch):
     model, x = network(24, 64, 10), normal(64, 24)
 
-    def found(seed=0, x=x):
+    def found(seed=0, x=x, **options):
         return sensitivity.distortions(
             model,
             weights_of(model),
@@ -334,16 +334,22 @@ def test_distortions_are_kept_for_the_same_network_inputs_and_seed(tmp_path, mon
             folder=tmp_path,
             seed=seed,
             progress=False,
+            **options,
         )
 
     first = found()
     fisher = fisher_information(model, weights_of(model), x, progress=False)
     given = {"most_bits": 8, "learned": True, "progress": False}
     assert first == estimate_distortions(model, weights_of(model), x, fisher, **given)
+    assert found(rotated=True) != first
     others = [found(seed=1), found(x=x + 1)]
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", None)  # nothing runs again
         assert [found(), found(seed=1), found(x=x + 1)] == [first, *others]
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "VERSION", 0)
+        patch.setattr(sensitivity, "estimate_distortions", lambda *args, **kwargs: {"new": [1.0]})
+        assert found() == {"new": [1.0]}
     model[2].bias.data += 1  # is not coded, but the outputs depend on it
     assert found() != first
     path = max(tmp_path.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
