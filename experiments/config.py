@@ -319,7 +319,7 @@ def identity(config: DictConfig) -> dict[str, Any]:
         resolved["rex"]["outliers"] = outliers
     measurements = {name: resolved.pop(name) for name in ("footprint", "latency")}
     if task == "latency" and resolved["method"]["name"] == "jlcm":
-        resolved["method"]["name"] = "jlcm_init"  # learning changes no time
+        resolved["method"]["name"] = "jlcm_init"  # what is timed, without rotated rows
     if resolved["learn"]["rotation"] is None:
         del resolved["learn"]["rotation"]  # as in runs from before there was one
     if resolved["method"]["name"] == "jlcm_init":

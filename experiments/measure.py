@@ -111,7 +111,7 @@ def _network(config: Config) -> Network:
 
 
 def _packer(config: Config) -> partial:
-    """What compresses the network that is timed; learning would change values, not times."""
+    """What compresses the network that is timed; learning is left out, and with it rotated rows."""
     if config.method.name == "jlcm":
         config = replace(config, method=replace(config.method, name="jlcm_init"))
     if needs_calibration(config):

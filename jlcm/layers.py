@@ -3,7 +3,8 @@
 `store` turns a module into one whose tensors are read through properties: the module keeps its
 class's `forward`, but its `weight` is decoded when it is asked for and dropped when the forward
 ends. That serves every layer type alike (Linear, convolutions, MultiheadAttention, timm's and
-transformers' subclasses), and never more than one layer's weights exist at a time.
+transformers' subclasses), and never more than one layer's weights exist at a time. A plain
+linear layer with rotated rows alone has its own forward: it rotates the inputs where those are few.
 """
 
 import sys

@@ -195,13 +195,14 @@ def test_sums_are_those_of_the_rotated_inputs():
 )
 def test_learning_in_the_rotated_basis_reports_the_errors_of_the_network(options):
     reference, calibration = network(), images()
-    options = {"alpha": 5.33, "rotation": "hadamard", "progress": False}, Learn(**options)
-    packed = jlcm.compress(reference, calibration=calibration, learn=options[1], **options[0])
-    start = jlcm.compress(reference, **options[0])
+    common = {"alpha": 5.33, "rotation": "hadamard", "progress": False}
+    packed = jlcm.compress(reference, calibration=calibration, learn=Learn(**options), **common)
+    start = jlcm.compress(reference, **common)
     assert [layer.nbytes for layer in footprint(packed).layers] == [
         layer.nbytes for layer in footprint(start).layers
     ]
-    assert all(stored.rotated for _, stored in stored_tensors(packed) if _is_weight(stored))
+    weights = [held for _, held in stored_tensors(packed) if isinstance(held, PackedWeight)]
+    assert weights and all(held.rotated for held in weights)
     assert all(result.kept == "learned" for result in packed.learning)
     last = packed.learning[-1]
     every = round(1 / Learn().held_out)
@@ -296,7 +297,3 @@ def test_unexplained_part_is_that_of_the_rotated_inputs():
 def test_unknown_rotations_list_those_that_exist():
     with pytest.raises(Invalid, match="rotation='fourier' is not one of hadamard"):
         jlcm.compress(network(), rotation="fourier")
-
-
-def _is_weight(stored):
-    return isinstance(stored, PackedWeight)
