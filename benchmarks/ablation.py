@@ -23,6 +23,7 @@ from tqdm import tqdm
 from experiments.config import configurations, run_id
 from experiments.records import read_record
 from experiments.runs import compression_seconds
+from experiments.tables.cells import at
 
 #: Eq. 5 to 9 by themselves: nothing re-estimated around them, no discrete solver afterwards.
 _PLAIN = {"statistics": "none", "polish": "0", "final_least_squares": "false"}
@@ -88,13 +89,13 @@ NETWORKS: dict[str, list[str]] = {
 }
 #: What is averaged over the seeds, and its place in the record.
 MEASURES = {
-    "original_top1": ("original", "top1"),
-    "top1": ("packed", "top1"),
-    "agreement": ("packed", "agreement"),
-    "kl": ("packed", "kl"),
-    "alpha_layers": ("footprint", "alpha_layers"),
-    "file_bytes": ("footprint", "file_bytes"),
-    "peak_rss_bytes": ("peak_rss_bytes",),
+    "original_top1": "original.top1",
+    "top1": "packed.top1",
+    "agreement": "packed.agreement",
+    "kl": "packed.kl",
+    "alpha_layers": "footprint.alpha_layers",
+    "file_bytes": "footprint.file_bytes",
+    "peak_rss_bytes": "peak_rss_bytes",
 }
 
 
@@ -185,7 +186,7 @@ def summarise(records: list[dict[str, Any]]) -> pd.DataFrame:
             "row": record["row"],
             "alpha": record["alpha"],
             "samples": record["packed"]["samples"],
-            **{name: _at(record, path) for name, path in MEASURES.items()},
+            **{name: at(record, path) for name, path in MEASURES.items()},
             "seconds": compression_seconds(record),
         }
         for record in records
@@ -197,13 +198,6 @@ def summarise(records: list[dict[str, Any]]) -> pd.DataFrame:
         spread = groups[name].std().rename(f"{name}_std")
         table.insert(table.columns.get_loc(name) + 1, f"{name}_std", spread)
     return table.reset_index().sort_values(["network", "alpha"], kind="stable")
-
-
-def _at(record: dict[str, Any], path: tuple[str, ...]) -> float:
-    value: Any = record
-    for key in path:
-        value = value[key]
-    return value
 
 
 if __name__ == "__main__":

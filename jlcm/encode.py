@@ -103,7 +103,15 @@ def encode(
     best, least = None, float("inf")
     for candidate in candidates:
         packed = _fit(
-            weight, matrix, allocation.bits, *candidate, encoding, init, costs, rotated, seed
+            weight,
+            matrix,
+            *candidate,
+            bits=allocation.bits,
+            encoding=encoding,
+            init=init,
+            importance=costs,
+            rotated=rotated,
+            seed=seed,
         )
         squared = (packed.encoded_rows().to(weight.dtype).double() - matrix).square()
         packed.relative_error = relative_error(squared.sum(), matrix)
@@ -119,8 +127,20 @@ def relative_error(squared: Tensor, matrix: Tensor) -> float:
 
 
 def _fit(
-    weight, matrix, bits, kind, books, scale_count, order, encoding, init, importance, rotated, seed
-):
+    weight: Tensor,
+    matrix: Tensor,
+    kind: str,
+    books: int,
+    scale_count: int,
+    order: Tensor | None,
+    *,
+    bits: int,
+    encoding: Encoding,
+    init: Init,
+    importance: Tensor | None,
+    rotated: bool,
+    seed: int,
+) -> PackedWeight:
     """Encode with one candidate: kind, number of codebooks and scales, order or None."""
     flat = (matrix if order is None else matrix[order]).reshape(-1)
     if importance is not None:
