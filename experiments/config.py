@@ -318,10 +318,13 @@ def identity(config: DictConfig) -> dict[str, Any]:
     if (outliers := resolved["method"].pop("outliers")) is not None:
         resolved["rex"]["outliers"] = outliers
     measurements = {name: resolved.pop(name) for name in ("footprint", "latency")}
-    if task == "latency" and resolved["method"]["name"] == "jlcm":
-        resolved["method"]["name"] = "jlcm_init"  # what is timed, without rotated rows
-    if resolved["learn"]["rotation"] is None:
+    rotation = resolved["learn"]["rotation"]
+    if rotation is None:
         del resolved["learn"]["rotation"]  # as in runs from before there was one
+    if task == "latency" and resolved["method"]["name"] == "jlcm":
+        resolved["learn"] = {"rotation": rotation}  # what is timed has not learned
+        if rotation is None:
+            resolved["method"]["name"] = "jlcm_init"
     if resolved["method"]["name"] == "jlcm_init":
         del resolved["learn"]
     elif resolved["method"]["name"] != "jlcm":

@@ -28,6 +28,7 @@ from experiments.models import load_network
 from experiments.report import as_text
 from experiments.runner import run
 from experiments.tables.cells import tidy
+from jlcm.layers import stored_tensors
 
 register()
 
@@ -88,7 +89,8 @@ def test_measurement_is_identified_by_what_it_looks_at(task):
     assert changes("data.limit=10") == (task == "precision")
     assert changes("latency.rounds=2") == (task == "latency")
     assert changes("footprint.batch_size=2") == (task == "footprint")
-    assert not changes("learn.kind=lnq")
+    assert not changes("learn.kind=none")
+    assert changes("learn.rotation=null") == (task == "latency")
     assert identity(config)["task"] == task
 
 
@@ -221,7 +223,8 @@ def test_record_of_a_latency(tmp_path, monkeypatch):
     assert cpu["reference"] == "fp32" and "cuda" not in found
     assert cpu["outputs"]["disk_offload"] == cpu["outputs"]["disk_offload_cached"] == 0
     assert 0 < cpu["outputs"]["fp16"] < cpu["outputs"]["bf16"] < 0.1
-    # What was timed is the file of the record.
+    # What was timed is the file of the record: rotated rows, as by default.
+    assert any(weight.rotated for _, weight in stored_tensors(jlcm.load(path)))
     assert found["packed_file"] == jlcm.footprint(path).as_dict()
     assert found["packed_file"]["alpha_layers"] >= 5.33
     network = load_network_of().module
