@@ -29,6 +29,7 @@ from experiments.report import as_text
 from experiments.runner import run
 from experiments.tables.cells import tidy
 from jlcm.layers import stored_tensors
+from jlcm.packed import PackedWeight
 
 register()
 
@@ -224,7 +225,9 @@ def test_record_of_a_latency(tmp_path, monkeypatch):
     assert cpu["outputs"]["disk_offload"] == cpu["outputs"]["disk_offload_cached"] == 0
     assert 0 < cpu["outputs"]["fp16"] < cpu["outputs"]["bf16"] < 0.1
     # What was timed is the file of the record: rotated rows, as by default.
-    assert any(weight.rotated for _, weight in stored_tensors(jlcm.load(path)))
+    stored = [held for _, held in stored_tensors(jlcm.load(path))]
+    weights = [held for held in stored if isinstance(held, PackedWeight)]
+    assert weights and all(held.rotated for held in weights)
     assert found["packed_file"] == jlcm.footprint(path).as_dict()
     assert found["packed_file"]["alpha_layers"] >= 5.33
     network = load_network_of().module
