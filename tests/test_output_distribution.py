@@ -1,16 +1,42 @@
-"""Outputs that are means of normal distributions: divergence and Fisher information."""
+"""Outputs that are logits, or means of normal distributions: divergence, Fisher information."""
 
 import copy
 
+import pytest
 import torch
 from test_sensitivity import estimate, network, normal, weights_of
 
+from jlcm.learning import forward
 from jlcm.learning.forward import GAUSSIAN, distribution_of, divergence, divergences
 
 
 def gaussian(model):
     model.output_distribution = "gaussian"
     return model
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_of_logits_and_its_gradient_are_those_of_torch(
+    rows_at_once, temperature, monkeypatch
+):
+    monkeypatch.setattr(forward, "_MOST_LOGITS", 5 * rows_at_once)
+    output, target = normal(2, 3, 5, seed=2), normal(2, 3, 5, seed=3)
+    pair = [x.double().requires_grad_() for x in (target, output)]
+    categories = (torch.distributions.Categorical(logits=x / temperature) for x in pair)
+    expected = torch.distributions.kl_divergence(*categories).mean() * temperature**2
+    expected.backward()
+    output.requires_grad_()
+    found = divergence(output, target, temperature)
+    found.backward()
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(output.grad, pair[1].grad.float())
+
+
+def test_divergences_of_16_bit_logits_are_summed_in_float32():
+    output, target = (normal(4, 1000, seed=seed).bfloat16() for seed in (2, 3))
+    expected = divergences(output.float(), target.float())
+    torch.testing.assert_close(divergences(output, target), expected, rtol=1e-6, atol=0)
 
 
 def test_divergence_of_normal_distributions_is_that_of_torch():

@@ -29,6 +29,7 @@ from jlcm.learning.forward import (
     divergence,
     divergences,
     logits_of,
+    output_parts,
     outputs_of,
     precision,
     split_sequences,
@@ -368,14 +369,16 @@ class _Run:
 
     def _held_out_losses(self) -> Tensor:
         """(rows,) divergence of each output row of the held-out inputs."""
-        outputs = outputs_of(self.packed, self.held, self.device, "the compressed network")
-        if outputs.shape != self.targets.shape:
-            raise ValueError(
-                f"the compressed network's outputs have shape {tuple(outputs.shape)}, "
-                f"the original's {tuple(self.targets.shape)}: give the network it was made from"
-            )
-        pairs = zip(outputs.split(1), self.targets.split(1), strict=True)
-        return torch.cat([divergences(*pair, self.distribution) for pair in pairs])
+        losses, targets = [], self.targets
+        for output in output_parts(self.packed, self.held, self.device, "the compressed network"):
+            target, targets = targets[: len(output)], targets[len(output) :]
+            if output.shape != target.shape:
+                raise ValueError(
+                    f"the compressed network's outputs have shape {tuple(output.shape)}, "
+                    f"the original's {tuple(target.shape)}: give the network it was made from"
+                )
+            losses.append(divergences(output, target, self.distribution))
+        return torch.cat(losses)
 
     def _moved_codes(self) -> float:
         moved = count = 0

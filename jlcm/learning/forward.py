@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -15,6 +16,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 EVALUATION_BATCH = 64
 #: Tokens of sequences that run at once: each has logits for the whole vocabulary.
 MOST_TOKENS = 2048
+#: Logits whose divergences are computed at once, so that what is between stays in the cache.
+_MOST_LOGITS = 2**21
 
 
 def augment(
@@ -78,7 +81,8 @@ class OutputDistribution:
     """The distribution of labels that a network's outputs are parameters of.
 
     Attributes:
-        divergences: (rows,) float32 KL(target || output) of float32 parameters (rows, size).
+        divergences: (rows,) float32 KL(target || output) of parameters (rows, size). No gradients
+            reach the target, nor is there a second derivative.
         drawn: log-likelihood of one label a row, drawn from the distribution itself, summed up. Its
             gradient has mean zero, and the Fisher information as second moment.
     """
@@ -87,9 +91,28 @@ class OutputDistribution:
     drawn: Callable[[Tensor, torch.Generator], Tensor]
 
 
-def _divergences_of_logits(output: Tensor, target: Tensor) -> Tensor:
-    output, target = output.log_softmax(-1), target.log_softmax(-1)
-    return F.kl_div(output, target, log_target=True, reduction="none").sum(-1)
+class _DivergencesOfLogits(torch.autograd.Function):
+    """Divergences a few rows at a time, with their gradient: nothing of all rows is in float32."""
+
+    @staticmethod
+    def forward(ctx, output, target):  # noqa: D102
+        result = torch.empty(len(output), device=output.device)
+        slope = torch.empty_like(output) if ctx.needs_input_grad[0] else None
+        rows = max(_MOST_LOGITS // output.shape[1], 1)
+        for part in (slice(start, start + rows) for start in range(0, len(output), rows)):
+            found, wanted = (x[part].float().log_softmax(-1) for x in (output, target))
+            shares = wanted.exp()
+            result[part] = wanted.sub_(found).mul_(shares).sum(-1)
+            if slope is not None:
+                slope[part] = found.exp_().sub_(shares)
+        ctx.save_for_backward(slope)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # noqa: D102
+        (slope,) = ctx.saved_tensors
+        return slope * gradient.to(slope.dtype)[:, None], None
 
 
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,7 +122,7 @@ def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _divergences_of_means(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().sum(-1) / 2
+    return (output.float() - target.float()).square().sum(-1) / 2
 
 
 def _drawn_values(means: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,7 +131,7 @@ def _drawn_values(means: Tensor, generator: torch.Generator) -> Tensor:
 
 
 #: Outputs are logits of classes.
-CATEGORICAL = OutputDistribution(_divergences_of_logits, _drawn_class)
+CATEGORICAL = OutputDistribution(_DivergencesOfLogits.apply, _drawn_class)
 #: Outputs are means of independent normal distributions of variance 1.
 GAUSSIAN = OutputDistribution(_divergences_of_means, _drawn_values)
 
@@ -129,7 +152,8 @@ def divergence(
 
     A Gaussian's does not depend on the temperature.
     """
-    output, target = output.float() / temperature, target.float() / temperature
+    if temperature != 1:
+        output, target = output.float() / temperature, target.float() / temperature
     return divergences(output, target, distribution).mean() * temperature**2
 
 
@@ -137,7 +161,7 @@ def divergences(
     output: Tensor, target: Tensor, distribution: OutputDistribution = CATEGORICAL
 ) -> Tensor:
     """(rows,) float32 KL(target || output) of each row of the last dimension."""
-    return distribution.divergences(output.float().flatten(0, -2), target.float().flatten(0, -2))
+    return distribution.divergences(output.flatten(0, -2), target.flatten(0, -2))
 
 
 def logits_of(output: object, network: str) -> Tensor:
@@ -154,19 +178,30 @@ def logits_of(output: object, network: str) -> Tensor:
     return logits
 
 
-@torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Tensor, device: torch.device, network: str) -> Tensor:
-    """Outputs (`logits_of`) for all inputs, float32 on `device`, without gradients.
+    """Outputs (`logits_of`) for all inputs on `device`, without gradients.
 
     Raises:
         ValueError: NaN or Inf among them.
     """
+    return torch.cat(list(output_parts(model, inputs, device, network)))
+
+
+def output_parts(
+    model: nn.Module, inputs: Tensor, device: torch.device, network: str
+) -> Iterator[Tensor]:
+    """`outputs_of` as many inputs at a time as run at once.
+
+    Raises:
+        ValueError: as `outputs_of`.
+    """
     most = getattr(model, "evaluation_batch", EVALUATION_BATCH)
-    parts = split_sequences(inputs, min(most, EVALUATION_BATCH))
-    outputs = torch.cat([logits_of(model(to_device(x, device)), network).float() for x in parts])
-    if not outputs.isfinite().all():
-        raise ValueError(f"outputs of {network} on the calibration inputs contain NaN or Inf")
-    return outputs
+    for part in split_sequences(inputs, min(most, EVALUATION_BATCH)):
+        with torch.no_grad():
+            output = logits_of(model(to_device(part, device)), network)
+        if not output.isfinite().all():
+            raise ValueError(f"outputs of {network} on the calibration inputs contain NaN or Inf")
+        yield output
 
 
 def split_sequences(inputs: Tensor, size: int) -> Sequence[Tensor]:
