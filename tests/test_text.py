@@ -10,7 +10,13 @@ from tiny_language import WORDS, make_llama, make_tokenizer
 from experiments.config import CommonsenseConfig
 from experiments.data import text
 from experiments.data.generate import generate, generated_windows, special_ids
-from experiments.data.text import calibration_windows, check_text, evaluation_windows, tokenise
+from experiments.data.text import (
+    calibration_windows,
+    check_text,
+    evaluation_windows,
+    tokenise,
+    without_overlap,
+)
 from experiments.models.language import LanguageModel
 
 datasets = pytest.importorskip("datasets")
@@ -98,6 +104,8 @@ def test_calibration_and_evaluation_must_differ(file, tmp_path):
             check_text(given(text=str(file), calibration_text=str(other)))
     copy.write_text(prose(107, seed=1))
     check_text(given(text=str(file), calibration_text=str(copy)))
+    with pytest.raises(ValueError, match=r"data\.calibration='c4' is not one of"):
+        check_text(given(calibration="c4"))
     with pytest.raises(ValueError, match="not both"):
         check_text(given(calibration_text=str(file), calibration_dataset="owner/data"))
 
@@ -111,6 +119,25 @@ def test_calibration_windows_of_a_file(file, model):
     assert torch.equal(first, again) and not torch.equal(first, other)
     chosen = [every.index(window) for window in first.tolist()]
     assert len(set(chosen)) == 4
+
+
+def test_stories_are_learned_from_where_nothing_else_is_given(file, model, monkeypatch):
+    told = [prose(40, seed) for seed in range(1, 6)]
+    told[2] = f"the cat {file.read_text()[30:150]} the cat"
+    monkeypatch.setattr(text, "commonsense_folder", lambda: None)
+    monkeypatch.setattr(text, "stories", lambda folder: told)
+    windows = calibration_windows(given(text=str(file)), model, seed=0, device=CPU)
+    every = tokenise("\n\n".join(told[:2] + told[3:]), model, length=10, source="a")
+    assert sorted(windows.tolist()) == sorted(every.tolist())
+
+
+def test_texts_overlap_from_thirteen_words_on():
+    words = [f"w{i}" for i in range(40)]
+    text = " ".join(words)
+    shared = {count: f"other {' '.join(words[10 : 10 + count])} other" for count in (12, 13, 30)}
+    assert without_overlap([*shared.values(), "w1", ""], text) == [shared[12], "w1", ""]
+    assert without_overlap([" - ".join(words).upper()], text) == []
+    assert without_overlap(["w1"], "") == ["w1"]
 
 
 def test_calibration_windows_of_the_hub(model, monkeypatch):
@@ -144,7 +171,7 @@ def test_calibration_windows_of_the_hub(model, monkeypatch):
 
 def test_generated_windows_are_kept(model, monkeypatch, tmp_path):
     monkeypatch.setenv("JLCM_CACHE", str(tmp_path))
-    data = given(calibration_samples=3)
+    data = given(calibration="generated", calibration_samples=3)
     windows = [calibration_windows(data, model, seed=s, device=CPU) for s in (0, 0, 1)]
     assert torch.equal(windows[0], windows[1]) and not torch.equal(windows[0], windows[2])
     assert windows[0].shape == (3, 10) and len(list(tmp_path.glob("generated-*"))) == 2

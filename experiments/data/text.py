@@ -1,6 +1,8 @@
 """Text for language models as windows of token ids: to measure perplexity on, and to learn from."""
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,14 +10,17 @@ from torch import Tensor
 
 from experiments.cache import hash_file
 from experiments.config import CommonsenseConfig
-from experiments.data.commonsense import commonsense_folder, passages
+from experiments.data.commonsense import commonsense_folder, passages, stories
 from experiments.data.generate import generated_windows
 from experiments.errors import first_line
 from experiments.models.language import LanguageModel, quiet
-from jlcm.config import Invalid
+from jlcm.config import Invalid, check_choice
 
+CALIBRATIONS = ("coqa", "generated")
 #: Documents of a hub's data set that are shuffled at a time.
 _SHUFFLED = 1000
+#: Words in a row that two texts have in common where they overlap, as in Brown et al. (2020).
+_OVERLAP = 13
 
 
 def check_text(data: CommonsenseConfig) -> None:
@@ -25,6 +30,7 @@ def check_text(data: CommonsenseConfig) -> None:
         FileNotFoundError: a file is missing.
         ValueError: a file holds no text, or options do not go together.
     """
+    check_choice("data.calibration", data.calibration, CALIBRATIONS)
     for option in ("window", "calibration_length"):
         if getattr(data, option) < 2:
             raise Invalid(f"data.{option}={getattr(data, option)} must be at least 2 tokens")
@@ -62,17 +68,23 @@ def evaluation_windows(data: CommonsenseConfig, model: LanguageModel) -> Tensor:
             windows.
     """
     check_length(model, data.window, "data.window")
-    if data.text is None:
-        text, source = passages(commonsense_folder()), "BoolQ"
-    else:
-        text, source = read_text(data.text, "data.text"), data.text
+    text, source = _evaluation_text(data), data.text or "BoolQ"
     return tokenise(text, model, length=data.window, source=source)[: data.windows]
+
+
+def _evaluation_text(data: CommonsenseConfig) -> str:
+    """The text for the perplexity."""
+    if data.text is None:
+        return passages(commonsense_folder())
+    return read_text(data.text, "data.text")
 
 
 def calibration_windows(
     data: CommonsenseConfig, model: LanguageModel, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Windows of token ids to learn from: of a file, of the hub, or written by the model itself.
+    """Windows of token ids to learn from: of a file, the hub, CoQA, or written by the model itself.
+
+    The stories of CoQA are those that have nothing in common with the text for the perplexity.
 
     Args:
         data: the source; at most `calibration_samples` windows of `calibration_length` tokens.
@@ -91,12 +103,34 @@ def calibration_windows(
     check_length(model, length, "data.calibration_length")
     if data.calibration_dataset is not None:
         return _hub_windows(data.calibration_dataset, model, count=count, length=length, seed=seed)
-    if data.calibration_text is None:
+    path = data.calibration_text
+    if path is None and data.calibration == "generated":
         return generated_windows(model, count=count, length=length, seed=seed, device=device)
-    text = read_text(data.calibration_text, "data.calibration_text")
-    windows = tokenise(text, model, length=length, source=data.calibration_text)
+    if path is None:
+        apart = without_overlap(stories(commonsense_folder()), _evaluation_text(data))
+        text = "\n\n".join(apart)
+    else:
+        text = read_text(path, "data.calibration_text")
+    windows = tokenise(text, model, length=length, source=path or "CoQA")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
+
+
+def without_overlap(documents: Iterable[str], text: str) -> list[str]:
+    """Leave out the documents that share 13 words in a row with a text.
+
+    Args:
+        documents: to choose from.
+        text: that is evaluated on.
+    """
+    taken = _runs(text)
+    return [document for document in documents if taken.isdisjoint(_runs(document))]
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of 13 words, without case and punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(*(words[start:] for start in range(_OVERLAP)), strict=False))
 
 
 def read_text(path: str, option: str) -> str:
@@ -177,6 +211,6 @@ def _hub_windows(
         reason = first_line(error)
         raise ConnectionError(
             f"data.calibration_dataset={dataset} cannot be read from the hub ({reason}): "
-            "data.calibration_text=FILE takes a local file, and without both the model generates"
+            "data.calibration_text=FILE takes a local file, data.calibration=generated none at all"
         ) from error
     return tokenise("\n\n".join(documents), model, length=length, source=dataset)[:count]
