@@ -18,6 +18,7 @@ from experiments.config import (
     LearnConfig,
     PromptsConfig,
 )
+from jlcm.compress import check_trellis
 from jlcm.config import (
     ALLOCATIONS,
     FIRST_LAST,
@@ -116,6 +117,7 @@ def compress_options(config: Config) -> dict[str, Any]:
         first_last=config.encoding.first_last,
         refit_scales=config.encoding.refit_scales,
     )
+    check_trellis(encoding, learn, blocks, distill)
     return {
         "init": jlcm.Init(method=config.init.method, features=config.init.features),
         "encoding": encoding,

@@ -16,11 +16,14 @@ import torch
 from jlcm.config import Encoding, Invalid
 from jlcm.packed import tile_grid
 from jlcm.packing import packed_bytes
+from jlcm.trellis import INDEX_BITS, LEAST_COLUMNS
 
 HALF = 2  # bytes of a float16
 MAX_BITS = 8
 #: Row scales take at most this part of the bytes.
 MOST_RESERVE = 20
+#: A codebook with memory takes at most this part of its codes' bytes.
+MOST_CODEBOOK = 64
 #: Bytes are counted in so many steps where bits are shared out by sensitivity.
 STEPS = 2**16
 
@@ -68,9 +71,19 @@ def codebook_bytes(bits: int) -> int:
     return HALF * 2**bits
 
 
-def bytes_of(codebooks: int, scales: int, bits: int) -> int:
-    """Bytes of codebooks of 2**bits float16 codewords and of float16 scales."""
-    return codebooks * codebook_bytes(bits) + scales * HALF
+def memory_of(kind: str, allocation: Allocation) -> int:
+    """Bits of memory (`jlcm.trellis`) of a tensor: as many as its bytes can pay a codebook for."""
+    if kind != "trellis" or allocation.columns < LEAST_COLUMNS:
+        return 0
+    most = packed_bytes(allocation.count, allocation.bits) // MOST_CODEBOOK
+    affordable = (most // HALF).bit_length() - 1
+    return max(min(INDEX_BITS, affordable) - allocation.bits, 0)
+
+
+def bytes_of(kind: str, codebooks: int, scales: int, allocation: Allocation) -> int:
+    """Bytes of a tensor's float16 codebooks and scales."""
+    width = allocation.bits + memory_of(kind, allocation)
+    return codebooks * codebook_bytes(width) + scales * HALF
 
 
 def groups_for(
@@ -85,11 +98,11 @@ def groups_for(
         tile: of encoding tiles.
 
     Returns:
-        (codebooks, scales). At least one codebook and, for multi_scale, one scale.
+        (codebooks, scales). At least one codebook and, for multi_scale and trellis, one scale.
     """
-    book = codebook_bytes(allocation.bits)
+    book = bytes_of(kind, 1, 0, allocation)
     match kind:
-        case "multi_scale":
+        case "multi_scale" | "trellis":
             return 1, min(max((spare - book) // HALF, 1), allocation.count)
         case "multi_codebook":
             return min(max(spare // book, 1), allocation.count), 0
@@ -106,7 +119,8 @@ def least_bytes(kind: str, allocation: Allocation, tile: tuple[int, int]) -> int
     candidates = ("multi_scale", "multi_codebook") if kind == "auto" else (kind,)
     codes = packed_bytes(allocation.count, allocation.bits)
     counts = [groups_for(k, 0, allocation, tile) for k in candidates]
-    return codes + max(bytes_of(*c, allocation.bits) for c in counts)
+    pairs = zip(candidates, counts, strict=True)
+    return codes + max(bytes_of(k, *count, allocation) for k, count in pairs)
 
 
 def allocate(
@@ -147,7 +161,7 @@ def allocate(
     budget = goal_bytes(total, alpha)
     reserve = {}
     if distortions is not None:
-        if encoding.kind == "multi_scale":  # which counts one scale already
+        if encoding.kind in ("multi_scale", "trellis"):  # which count one scale already
             reserve = {n: HALF * (plans[n].rows - 1) for n in plans if n in row_scales}
         most = budget // MOST_RESERVE
         if (wanted := sum(reserve.values())) > most:
@@ -212,8 +226,8 @@ def _printed_rule(plan: Allocation, alpha: float, encoding: Encoding) -> int:
     """Bytes that Eq. 3 as printed gives one tensor: the multi-scale count ignores the codebook."""
     spare_bits = 16 * plan.count / alpha - plan.bits * plan.count
     spare = max(math.floor(spare_bits / 8), 0)
-    if encoding.kind in ("multi_scale", "auto"):
-        spare += codebook_bytes(plan.bits)
+    if encoding.kind in ("multi_scale", "trellis", "auto"):
+        spare += bytes_of(encoding.kind, 1, 0, plan)
     least = least_bytes(encoding.kind, plan, encoding.tile)
     return max(packed_bytes(plan.count, plan.bits) + spare, least)
 

@@ -361,8 +361,9 @@ def _weight(
         case "uniform":
             kind, layout = UniformWeight, {"group": description.get("group")}
         case "codebooks" | "rotated" as stored:
-            tile, rotated = description.get("tile"), stored == "rotated"
-            kind, layout = PackedWeight, {"tile": tile, "rotated": rotated}
+            tile, memory = description.get("tile"), description.get("memory", 0)
+            kind, layout = PackedWeight, {"tile": tile, "memory": memory}
+            layout["rotated"] = stored == "rotated"
         case other:
             raise ValueError(f"unknown kind of weight {other!r}")
     sizes = {"shape": description["shape"], "bits": description["bits"]}

@@ -106,8 +106,8 @@ def compress(
             bytes.
         init: clustering method ("random", "kmeans", "bisecting", "spectral" or "hierarchical"), or
             its options.
-        encoding: kind of encoding ("multi_scale", "multi_codebook", "per_row", "tiles" or "auto"),
-            or its options.
+        encoding: kind of encoding ("multi_scale", "multi_codebook", "per_row", "tiles", "trellis"
+            or "auto"), or its options.
         reorder: "auto" (propagate orders into the layers that follow where that is legal, and store
             an order elsewhere if it lowers the error at equal bytes), "propagated", "stored"
             (always store where the bytes allow) or "none".
@@ -160,6 +160,7 @@ def compress(
     init = Init(method=init) if isinstance(init, str) else init
     encoding = Encoding(kind=encoding) if isinstance(encoding, str) else encoding
     check_choice("reorder", reorder, REORDERINGS)
+    check_trellis(encoding, learn, blocks, distill)
     if reorder == "propagated" and example_inputs is None:
         raise Invalid("reorder=propagated needs example_inputs to trace the network with")
     check_choice("allocation", allocation, ALLOCATIONS)
@@ -295,6 +296,23 @@ def reference_bytes(model: nn.Module) -> int:
 def eight_bit_ends(weights: dict[str, nn.Parameter], first_last: str) -> set[str]:
     """Names of the weights that get 8 bits: the first and the last where `first_last` is int8."""
     return {next(iter(weights)), list(weights)[-1]} if first_last == "int8" else set()
+
+
+def check_trellis(
+    encoding: Encoding, learn: Learn | None, blocks: Blocks | None, distill: Distill | None
+) -> None:
+    """Refuse stages that move codes one by one, which a trellis does not allow.
+
+    Raises:
+        Invalid: (a ValueError) naming the option.
+    """
+    if encoding.kind != "trellis":
+        return
+    if learn is not None and learn.kind not in ("none", "lnq"):
+        raise Invalid(f"encoding=trellis: learn={learn.kind} moves codes one by one, take lnq")
+    for name, stage in (("blocks", blocks), ("distill", distill)):
+        if stage is not None and stage.lr_codes:
+            raise Invalid(f"encoding=trellis: codes stay as they are, set lr_codes=0 of {name}")
 
 
 def check_model(model: nn.Module) -> None:

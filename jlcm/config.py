@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jlcm.clustering.scalar import METHODS
 
-ENCODINGS = ("multi_scale", "multi_codebook", "per_row", "tiles", "auto")
+ENCODINGS = ("multi_scale", "multi_codebook", "per_row", "tiles", "trellis", "auto")
 BUDGETS = ("pooled", "per_layer")
 REORDERINGS = ("auto", "propagated", "stored", "none")
 FEATURES = ("weights", "quantiles")
@@ -47,9 +47,11 @@ class Encoding:
 
     Attributes:
         kind: "multi_scale" (one codebook and many scales, Eq. 1), "multi_codebook" (many codebooks,
-            Eq. 2), "per_row" (a codebook per output neuron), "tiles" (a codebook per tile), or
-            "auto" (per tensor, multi_scale or multi_codebook, whichever has the smaller weighted
-            error at equal bytes).
+            Eq. 2), "per_row" (a codebook per output neuron), "tiles" (a codebook per tile),
+            "trellis" (as multi_scale, and a weight's codeword depends on the codes before it too,
+            `jlcm.trellis`; small tensors and rows of fewer than 16 values go without), or "auto"
+            (per tensor, multi_scale or multi_codebook, whichever has the smaller weighted error at
+            equal bytes).
         tile: (rows, columns) of a tile, with "tiles" alone.
         budget: "pooled" (Eq. 3's bytes are shared over the model) or "per_layer" (Eq. 3 as
             printed).

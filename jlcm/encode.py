@@ -1,9 +1,12 @@
 """Cluster one weight matrix into codes, codebooks and scales within its bytes (Eq. 1, 2 and 4)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from jlcm.budget import Allocation, bytes_of, groups_for
+from jlcm import trellis
+from jlcm.budget import Allocation, bytes_of, groups_for, memory_of
 from jlcm.clustering.neurons import order_rows
 from jlcm.clustering.scalar import cluster
 from jlcm.config import Encoding, Init
@@ -93,31 +96,42 @@ def encode(
         ordered = groups_for(kind, spare, allocation, encoding.tile)
         # An order changes something only where groups span rows, and must leave at least two.
         useful = 1 < max(ordered) < allocation.rows or (kind == "tiles" and allocation.rows > 1)
-        stored = try_stored_order and useful and bytes_of(*ordered, allocation.bits) <= spare
+        stored = try_stored_order and useful and bytes_of(kind, *ordered, allocation) <= spare
         # The order comes second: it has to lower the error to be chosen.
         if not (stored and always_store_order):
             candidates.append((kind, *plain, None))
         if stored:
             order = neuron_order(matrix, max(ordered), kind, init, seed)
             candidates.append((kind, *ordered, order))
-    best, least = None, float("inf")
-    for candidate in candidates:
-        packed = _fit(
-            weight,
-            matrix,
-            *candidate,
-            bits=allocation.bits,
-            encoding=encoding,
-            init=init,
-            importance=costs,
-            rotated=rotated,
-            seed=seed,
-        )
-        squared = (packed.encoded_rows().to(weight.dtype).double() - matrix).square()
-        packed.relative_error = relative_error(squared.sum(), matrix)
-        error = float((squared if costs is None else squared * costs).sum())
-        if error < least or best is None:
-            best, least = packed, error
+    memory = memory_of(encoding.kind, allocation)
+    fit = partial(
+        _fit,
+        weight,
+        matrix,
+        bits=allocation.bits,
+        encoding=encoding,
+        init=init,
+        importance=costs,
+        rotated=rotated,
+        seed=seed,
+    )
+
+    def squared(packed: PackedWeight) -> Tensor:
+        return (packed.encoded_rows().to(weight.dtype).double() - matrix).square()
+
+    def error(packed: PackedWeight) -> float:
+        missed = squared(packed)
+        return float((missed if costs is None else missed * costs).sum())
+
+    chosen, best = candidates[0], None
+    if len(candidates) > 1:  # without memory, which takes much longer and changes little here
+        fitted = [fit(*candidate, memory=0) for candidate in candidates]
+        errors = [error(packed) for packed in fitted]
+        least = errors.index(min(errors))
+        chosen, best = candidates[least], fitted[least]
+    if best is None or memory:
+        best = fit(*chosen, memory=memory)
+    best.relative_error = relative_error(squared(best).sum(), matrix)
     return best
 
 
@@ -135,6 +149,7 @@ def _fit(
     order: Tensor | None,
     *,
     bits: int,
+    memory: int,
     encoding: Encoding,
     init: Init,
     importance: Tensor | None,
@@ -153,11 +168,15 @@ def _fit(
         scales = torch.segment_reduce(values.abs(), "max", lengths=sizes).half()
         per_weight = scales.float().repeat_interleave(sizes)
         values = torch.where(per_weight > 0, values / per_weight, 0.0)
-    codebooks, codes = _cluster_groups(
-        values, 2**bits, books, tile, matrix.shape, init, importance, seed
-    )
+    if memory:
+        rows = (v if v is None else v.view(matrix.shape) for v in (values, importance))
+        codebooks, codes = trellis.cluster(*rows, bits=bits, memory=memory, seed=seed)
+    else:
+        codebooks, codes = _cluster_groups(
+            values, 2**bits, books, tile, matrix.shape, init, importance, seed
+        )
     packed = PackedWeight.encode(
-        codes,
+        codes.view(-1),
         codebooks,
         shape=tuple(weight.shape),
         bits=bits,
@@ -165,6 +184,7 @@ def _fit(
         order=order,
         tile=tile,
         rotated=rotated,
+        memory=memory,
         dtype=weight.dtype,
     )
     if scales is not None and encoding.refit_scales:

@@ -11,10 +11,12 @@ are presets:
 | multi-codebook | k flat groups    | none             |
 | one per row    | n_o flat groups  | none             |
 | tiles (LUT-B)  | rows x cols each | none             |
+| trellis        | one, with memory | s flat groups    |
 
 Flat groups: group(p) = floor(p * k / N) for position p of the re-ordered rows written one after
 another. With k < n_o a group spans rows, with k > n_o a row holds several groups. Any of them may
-encode the rows of W R in place of W's, R a rotation that follows from the number of columns.
+encode the rows of W R in place of W's, R a rotation that follows from the number of columns. With
+memory the codes before a weight's choose its codeword too (`jlcm.trellis`).
 """
 
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from jlcm.packing import order_bytes, pack, pack_order, packed_bytes, unpack, unpack_order
 from jlcm.rotation import unrotate
+from jlcm.trellis import index_of
 
 
 def group_sizes(count: int, groups: int) -> Tensor:
@@ -123,11 +126,12 @@ class PackedWeight(StoredWeight):
     """A weight held as codes and codebooks; calling it decodes.
 
     Attributes:
-        bits: width of a code; a codebook has at most 2**bits codewords.
+        bits: width of a code; a codebook has at most 2**(bits + memory) codewords.
         tile: (rows, cols) where codebooks belong to tiles, None for flat groups.
         rotated: whether rows are encoded in the basis of `jlcm.rotation`.
+        memory: bits of the codes before a weight's that choose its codeword too (`jlcm.trellis`).
         codes: (ceil(N * bits / 8),) uint8.
-        codebooks: (groups, codewords) float16, each row ascending.
+        codebooks: (groups, codewords) float16, each row ascending unless there is memory.
         scales: (groups,) float16, or None.
         order: packed row order, uint8, or None; packed row r is row order[r] of the weight.
     """
@@ -143,6 +147,7 @@ class PackedWeight(StoredWeight):
         order: Tensor | None = None,
         tile: tuple[int, int] | None = None,
         rotated: bool = False,
+        memory: int = 0,
         dtype: torch.dtype = torch.float32,
         relative_error: float = float("nan"),
     ) -> None:
@@ -153,6 +158,7 @@ class PackedWeight(StoredWeight):
         """
         super().__init__(shape, bits, dtype, relative_error)
         self.tile, self.rotated = None if tile is None else tuple(tile), rotated
+        self.memory = memory
         self.register_buffer("codes", codes)
         self.register_buffer("codebooks", codebooks)
         self.register_buffer("scales", scales)
@@ -180,7 +186,7 @@ class PackedWeight(StoredWeight):
             bits: width of a code.
             scales: (groups,), rounded to float16.
             order: (n_o,) int64.
-            options: tile, rotated, dtype, relative_error.
+            options: tile, rotated, memory, dtype, relative_error.
 
         Raises:
             ValueError: if a code has no codeword, or the parts do not fit together.
@@ -202,7 +208,8 @@ class PackedWeight(StoredWeight):
     def describe(self) -> dict[str, Any]:
         """What the file says about it beside its buffers."""
         kind = {"kind": "rotated"} if self.rotated else {}
-        return super().describe() | kind | ({} if self.tile is None else {"tile": self.tile})
+        layout = {"tile": self.tile, "memory": self.memory or None}
+        return super().describe() | kind | {k: v for k, v in layout.items() if v is not None}
 
     def sizes(self) -> dict[str, int]:
         """Bytes of codes, codebooks, scales and the order of the rows."""
@@ -243,13 +250,21 @@ class PackedWeight(StoredWeight):
         sizes = group_sizes(self.count, self.scales.numel()).to(self.scales.device)
         return self.scales.float().repeat_interleave(sizes)
 
-    def codeword_per_weight(self) -> Tensor:
-        """(N,) float32 codewords of the re-ordered rows, before scaling."""
-        index = self.unpack_codes().int()
+    def codeword_index(self) -> Tensor:
+        """(N,) int32 index of each weight's codeword in all codebooks written in a row."""
+        codes = self.unpack_codes()
+        if self.memory:
+            index = index_of(codes.view(self.rows, -1), self.bits, self.memory).view(-1)
+        else:
+            index = codes.int()
         codebook = self.codebook_index()
         if codebook is not None:
             index += (codebook * self.codebooks.shape[1]).int()
-        return self.codebooks.float().view(-1).index_select(0, index)
+        return index
+
+    def codeword_per_weight(self) -> Tensor:
+        """(N,) float32 codewords of the re-ordered rows, before scaling."""
+        return self.codebooks.float().view(-1).index_select(0, self.codeword_index())
 
     def encoded_rows(self) -> Tensor:
         """(rows, columns) float32, decoded (Eq. 1, 2 and 4) but rotated if they were encoded so."""
@@ -275,7 +290,8 @@ class PackedWeight(StoredWeight):
         scales = 0 if self.scales is None else self.scales.numel()
         return (
             f"shape={self.shape}, bits={self.bits}, codebooks={self.codebooks.shape[0]}, "
-            f"scales={scales}, stored_order={self.order is not None}, rotated={self.rotated}"
+            f"scales={scales}, stored_order={self.order is not None}, rotated={self.rotated}, "
+            f"memory={self.memory}"
         )
 
     def check(self) -> None:
@@ -286,7 +302,10 @@ class PackedWeight(StoredWeight):
         expected = packed_bytes(self.count, self.bits)
         if self.codes.numel() != expected:
             raise ValueError(f"codes have {self.codes.numel()} bytes, {expected} expected")
-        if not 1 <= codewords <= 2**self.bits:
+        full = 1, 2 ** (self.bits + self.memory)
+        if self.memory < 0 or (self.memory and (groups, codewords) != full):
+            raise ValueError(f"{groups} codebooks of {codewords} for {self.memory} bits of memory")
+        if not 1 <= codewords <= 2 ** (self.bits + self.memory):
             raise ValueError(f"a codebook of {codewords} codewords does not fit {self.bits} bits")
         if self.tile is not None:
             down, across = tile_grid(self.rows, self.count // self.rows, self.tile)

@@ -85,7 +85,7 @@ def test_small_layers_at_the_alpha_that_eq_3_cannot_give_them():
     assert {p.bits for p in plans.values()} == {2, 3}
 
 
-@given(st.sampled_from(("multi_scale", "multi_codebook", "per_row", "tiles")), st.data())
+@given(st.sampled_from(("multi_scale", "multi_codebook", "per_row", "tiles", "trellis")), st.data())
 @settings(deadline=None)
 def test_group_counts_cost_no_more_than_the_spare_bytes(kind, data):
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
@@ -93,7 +93,7 @@ def test_group_counts_cost_no_more_than_the_spare_bytes(kind, data):
     plan = Allocation(rows=rows, columns=columns, bits=bits)
     counts = groups_for(kind, spare, plan, (8, 8))
     least = least_bytes(kind, plan, (8, 8)) - packed_bytes(plan.count, bits)
-    assert bytes_of(*counts, bits) <= max(spare, least)
+    assert bytes_of(kind, *counts, plan) <= max(spare, least)
     assert counts[0] >= 1 and max(counts) <= max(plan.count, 1)
 
 
@@ -164,7 +164,7 @@ def test_big_models_use_the_goal_up(shapes, alpha, kind):
     plans = allocate(named, alpha, Encoding(kind=kind))
     for one in ("multi_scale", "multi_codebook") if kind == "auto" else (kind,):
         used = sum(
-            packed_bytes(p.count, p.bits) + bytes_of(*groups_for(one, p.spare, p, (8, 64)), p.bits)
+            packed_bytes(p.count, p.bits) + bytes_of(one, *groups_for(one, p.spare, p, (8, 64)), p)
             for p in plans.values()
         )
         assert alpha <= 2 * total / used <= 1.02 * alpha

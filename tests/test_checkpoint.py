@@ -42,7 +42,7 @@ def same_buffers(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("network", [Cnn, Vit])
-@pytest.mark.parametrize("kind", ["multi_scale", "multi_codebook", "tiles"])
+@pytest.mark.parametrize("kind", ["multi_scale", "multi_codebook", "tiles", "trellis"])
 def test_reload_is_bit_exact(network, kind, images, tmp_path):
     model = build(network)
     x = images[:, :, :8, :8] if network is Cnn else images

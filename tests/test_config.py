@@ -13,6 +13,7 @@ from experiments.config import DigitsConfig, ImageListConfig, identity, register
 from experiments.options import AUTO_OUTLIERS, check_options, compressor, needs_calibration
 from experiments.overrides import check_overrides, one_line, valid_keys
 from experiments.runner import _memory_errors, choose_device
+from jlcm.config import ENCODINGS
 from jlcm.quantize import METHODS
 
 register()
@@ -35,7 +36,7 @@ def test_every_init_composes_and_is_valid(init):
     assert options_of(f"init={init}")["init"].method == init
 
 
-@pytest.mark.parametrize("encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "auto"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_encoding_composes_and_is_valid(encoding):
     assert options_of(f"encoding={encoding}")["encoding"].kind == encoding
 

@@ -37,7 +37,7 @@ def nbytes(packed: PackedWeight) -> int:
     return sum(b.numel() * b.element_size() for b in packed.buffers())
 
 
-@pytest.mark.parametrize("kind", ["multi_scale", "multi_codebook", "per_row", "tiles"])
+@pytest.mark.parametrize("kind", ["multi_scale", "multi_codebook", "per_row", "tiles", "trellis"])
 def test_error_falls_with_bits(kind):
     weight = gaussian(32, 96)
     errors = [
@@ -322,9 +322,10 @@ def test_orders_are_permutations(kind):
 def test_group_count_is_what_is_built():
     allocation = plan((16, 64), 2, 100)
     weight = gaussian(16, 64)
-    for kind in ("multi_scale", "multi_codebook", "per_row", "tiles"):
+    for kind in ("multi_scale", "multi_codebook", "per_row", "tiles", "trellis"):
         packed = encode(weight, allocation, Encoding(kind=kind), FAST, try_stored_order=False)
-        built = packed.scales.numel() if kind == "multi_scale" else len(packed.codebooks)
+        scales = kind in ("multi_scale", "trellis")
+        built = packed.scales.numel() if scales else len(packed.codebooks)
         assert group_count(kind, allocation, Encoding(kind=kind)) == built
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jlcm.config import Invalid
+from jlcm.learning.factors import Factors
 from jlcm.learning.objective import Moments, quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.proximal import (
@@ -17,7 +18,7 @@ from jlcm.learning.proximal import (
     proximal_direction,
     sharpness,
 )
-from jlcm.learning.solver import Factors, nearest_codes
+from jlcm.learning.solver import nearest_codes
 
 #: The codebook of the paper's example; its "-0.09" must be 0.09 for 0.12 to be mapped to it.
 EXAMPLE = torch.tensor([[-1.23, 0.09, 0.17, 0.96]])

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jlcm.learning.objective import Deviation, Moments, quadratic
+from jlcm.learning.factors import Factors, pack_factors, unpack_factors
+from jlcm.learning.objective import Deviation, Moments, inverse_factor, quadratic
 from jlcm.learning.solver import (
-    Factors,
-    _feedback_factor,
     cluster_rows,
     coordinate_descent,
     feedback_rounding,
@@ -18,9 +17,7 @@ from jlcm.learning.solver import (
     least_squares_rows,
     least_squares_scales,
     nearest_codes,
-    pack_factors,
     start,
-    unpack_factors,
 )
 from jlcm.packed import PackedWeight
 
@@ -236,10 +233,10 @@ def test_deviation_agrees_with_the_quadratic_form():
         assert float((slope - expected).norm()) <= 0.01 * float(expected.norm())
 
 
-def test_feedback_factor_is_the_upper_root_of_the_inverse():
+def test_inverse_factor_is_the_upper_root_of_the_inverse():
     x = torch.randn(2, 20, 60, dtype=torch.float64)
     gram = x @ x.mT / 60
-    upper = _feedback_factor(gram.float()).double()
+    upper = inverse_factor(gram.float()).double()
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.mT @ upper, gram.inverse(), rtol=1e-3, atol=1e-3)
 

@@ -97,7 +97,9 @@ def test_rotated_outliers_are_spread():
     assert turned.pow(4).mean() / turned.square().mean() ** 2 < kurtosis / 4
 
 
-@pytest.mark.parametrize("encoding", ["multi_scale", "multi_codebook", "per_row", "tiles"])
+@pytest.mark.parametrize(
+    "encoding", ["multi_scale", "multi_codebook", "per_row", "tiles", "trellis"]
+)
 @pytest.mark.parametrize("reorder", ["none", "stored"])
 def test_rotation_lowers_the_error_of_outliers_at_equal_bytes(encoding, reorder, tmp_path):
     torch.manual_seed(0)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from jlcm.layers import HalfTensor, Stored, affine_of
 from jlcm.learning.calibration import Layer
+from jlcm.learning.factors import Factors, pack_factors
 from jlcm.learning.objective import Moments
 from jlcm.learning.options import Learn
-from jlcm.learning.solver import Factors, pack_factors
 from jlcm.packed import PackedWeight
 from jlcm.rotation import rotate
 

@@ -242,3 +242,17 @@ def quadratic(
     return Quadratic(
         *(t.float() for t in (gram, cross, energy, inputs, outputs, weights.to(energy)))
     )
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """(groups, n, n) upper triangular U with U^T U the inverse of the Gram matrix, float32.
+
+    It is the inverse of the Cholesky factor of the matrix with both axes reversed: cheaper than to
+    invert the matrix and to factor the inverse.
+    """
+    reverse = gram.flip(1, 2)
+    factor, failed = torch.linalg.cholesky_ex(reverse)
+    if bool(failed.any()):  # too ill-conditioned for float32
+        factor = torch.linalg.cholesky(reverse.double())
+    unit = torch.eye(gram.shape[-1], dtype=factor.dtype, device=gram.device).expand_as(factor)
+    return torch.linalg.solve_triangular(factor, unit, upper=False).flip(1, 2).float()

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from jlcm.learning.factors import Factors
 from jlcm.learning.objective import Deviation, Quadratic
 from jlcm.learning.options import Learn
 from jlcm.learning.solver import (
-    Factors,
     coordinate_descent,
     least_squares_codebooks,
     least_squares_scales,
 )
 
-#: Codebooks beyond this size (8-bit ends) are left to the solver: their logits would not fit.
+#: Codebooks beyond this size (8-bit ends) are left to the solver, for their logits would not fit;
+#: so are codes with memory.
 MOST_CODEWORDS = 32
 #: Logits that go through a step together on a CPU: half a MiB, so that they stay in its cache.
 CACHED_LOGITS = 2**17
@@ -271,7 +272,7 @@ def learn_by_gradient(
         The factors, rounded to float16 codebooks and scales, and the training loss of each step.
     """
     k = factors.codebooks.shape[1]
-    if k > MOST_CODEWORDS:
+    if k > MOST_CODEWORDS or factors.memory:
         return factors, []
     multiplier = factors.multiplier().expand(original.shape).reshape(-1)
     codebooks = factors.codebooks.clone().requires_grad_()

@@ -20,6 +20,7 @@ from jlcm.decoder import decoder_layers
 from jlcm.layers import stored_tensors
 from jlcm.learning.calibration import Calibration, split_inputs
 from jlcm.learning.decoder import calibrate
+from jlcm.learning.factors import Factors, unpack_factors
 from jlcm.learning.layer import (
     Target,
     given_affine,
@@ -34,7 +35,7 @@ from jlcm.learning.options import Learn
 from jlcm.learning.proximal import Samples, learn_by_gradient
 from jlcm.learning.report import OnResult, collector, ignore, in_brief
 from jlcm.learning.resume import read_part, restore_part, save_part, stage_folder, stored_buffers
-from jlcm.learning.solver import Factors, improve, start, unpack_factors
+from jlcm.learning.solver import improve, start
 from jlcm.packed import PackedWeight
 from jlcm.rotation import rotate
 from jlcm.sensitivity import position_weights

@@ -7,114 +7,35 @@ al. 2025) improves. All rows are treated at once. Tensors are laid out as in `ob
 rows, n), rows in the order of the weight, not of the packed one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from jlcm.learning.objective import Quadratic
-from jlcm.packed import PackedWeight
-from jlcm.packing import pack
+from jlcm.learning import viterbi
+from jlcm.learning.factors import Factors, by_column
+from jlcm.learning.objective import Quadratic, inverse_factor
+from jlcm.trellis import quantise
 
 #: Columns updated before their effect on all others is applied in one product.
 BLOCK = 64
+#: Steps of k-means with row scales; few where each is a search for sequences.
+CLUSTER_STEPS, FEW_STEPS = 12, 2
 #: Conjugate-gradient steps: a few more than the unknowns, or this many. Later rounds go on.
 MOST_STEPS = 8
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A packed weight taken apart.
+def nearest_codes(factors: Factors, values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(groups, rows, n) int64 codes nearest to values already divided by the multiplier.
 
-    Attributes:
-        codes: (groups, rows, n) int64.
-        codebooks: (books, k) float32, each row ascending.
-        book: (groups, rows, n) int64 index of the codebook, None if there is one.
-        scales: (scales,) float32, or None.
-        scale: (groups, rows, n) int64 index of the scale, None without scales or with one.
-        row_scale: (groups, rows) float32, absorbed by the norm that follows, or None.
+    With memory not each for itself: those of least squared error, times the weights, in a row.
     """
-
-    codes: Tensor
-    codebooks: Tensor
-    book: Tensor | None
-    scales: Tensor | None
-    scale: Tensor | None
-    row_scale: Tensor | None
-
-    def entries(self) -> Tensor:
-        """(groups, rows, n) index of each weight's codeword in all codebooks written in a row."""
-        k = self.codebooks.shape[1]
-        return self.codes if self.book is None else self.book * k + self.codes
-
-    def codewords(self) -> Tensor:
-        """(groups, rows, n) codewords before scaling."""
-        return self.codebooks.view(-1)[self.entries()]
-
-    def multiplier(self) -> Tensor:
-        """What codewords are multiplied by, broadcasting against (groups, rows, n)."""
-        factor = self.codebooks.new_ones(1, 1, 1)
-        if self.scales is not None:
-            factor = self.scales.view(1, 1, 1) if self.scale is None else self.scales[self.scale]
-        return factor if self.row_scale is None else factor * self.row_scale[..., None]
-
-    def weight(self) -> Tensor:
-        """(groups, rows, n) the decoded weight, row scales included."""
-        return self.codewords() * self.multiplier()
-
-    def rounded(self) -> "Factors":
-        """Codebooks ascending and, like scales, rounded to float16 as they are stored."""
-        books, order = self.codebooks.sort(dim=1, stable=True)
-        rank = order.argsort(1).view(-1)
-        scales = None if self.scales is None else _to_half(self.scales)
-        return replace(self, codes=rank[self.entries()], codebooks=_to_half(books), scales=scales)
-
-
-def _to_half(values: Tensor) -> Tensor:
-    return values.clamp(-65504, 65504).half().float()
-
-
-def unpack_factors(packed: PackedWeight, groups: int) -> Factors:
-    """Take a packed weight apart, rows back in the order of the weight."""
-    rows, order = packed.rows, packed.row_order()
-
-    def natural(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        values = values.view(rows, -1)
-        if order is not None:
-            values = torch.empty_like(values).index_copy_(0, order, values)
-        return values.view(groups, rows // groups, -1)
-
-    scale = None
-    if packed.scales is not None and packed.scales.numel() > 1:
-        count = packed.scales.numel()
-        position = torch.arange(packed.count, device=packed.codes.device)
-        scale = position * count // packed.count
-    return Factors(
-        codes=natural(packed.unpack_codes().long()),
-        codebooks=packed.codebooks.float(),
-        book=natural(packed.codebook_index()),
-        scales=None if packed.scales is None else packed.scales.float(),
-        scale=natural(scale),
-        row_scale=None,
-    )
-
-
-def pack_factors(packed: PackedWeight, factors: Factors) -> dict[str, Tensor]:
-    """Codes, codebooks and scales as `packed` stores them, without the row scales."""
-    factors = factors.rounded()
-    codes, order = factors.codes.reshape(packed.rows, -1), packed.row_order()
-    codes = codes if order is None else codes[order]
-    parts = {"codes": pack(codes.reshape(-1), packed.bits), "codebooks": factors.codebooks.half()}
-    if factors.scales is not None:
-        parts["scales"] = factors.scales.half()
-    return parts
-
-
-def nearest_codes(factors: Factors, values: Tensor) -> Tensor:
-    """(groups, rows, n) int64 codes nearest to values already divided by the multiplier."""
     codebooks, book = factors.codebooks, factors.book
+    if factors.memory:
+        columns = by_column(values).flatten(1)
+        weights = None if weights is None else by_column(weights).flatten(1)
+        found = quantise(columns, codebooks[0], factors.memory, weights)
+        return found.T.contiguous().view(values.shape)
     if book is None:
         # Bucketing needs ascending codewords; least squares may have crossed two of them.
         ascending, order = codebooks[0].sort()
@@ -137,7 +58,7 @@ class _Columns:
     """
 
     def __init__(self, factors: Factors) -> None:
-        self.multiplier = _by_column(factors.multiplier().expand(factors.codes.shape))
+        self.multiplier = by_column(factors.multiplier().expand(factors.codes.shape))
         self.divisor = torch.where(self.multiplier != 0, self.multiplier, 1.0)
         ascending, order = factors.codebooks.sort(1)
         self.ascending, self.order = ascending.view(-1), order.view(-1)
@@ -153,7 +74,7 @@ class _Columns:
             offset = pitch * torch.arange(count, dtype=torch.float64, device=order.device)
             last = middle.new_full((count, 1), (self.low + self.high + pitch) / 2)
             edges = torch.cat([middle, last], 1).double() + offset[:, None]
-            self.edges, self.offset = edges.view(-1)[:-1], _by_column(offset[factors.book])
+            self.edges, self.offset = edges.view(-1)[:-1], by_column(offset[factors.book])
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Places nearest to values of one column (groups, rows), and the values they stand for."""
@@ -165,7 +86,7 @@ class _Columns:
 
     def places(self, factors: Factors) -> Tensor:
         """(n, groups, rows) places of the codes."""
-        return self.rank[_by_column(factors.entries())]
+        return self.rank[by_column(factors.entries())]
 
     def codes(self, places: Tensor) -> Tensor:
         """(groups, rows, n) codes from places."""
@@ -175,16 +96,20 @@ class _Columns:
 def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> Factors:
     """Round column by column, each rounding error fed forward to the columns left (GPTQ).
 
+    With memory some columns at a time (`viterbi`).
+
     Args:
         problem: with an invertible Gram matrix.
         target: (groups, rows, n) minimiser of the problem.
         factors: codebooks and scales to use.
     """
+    if factors.memory:
+        return viterbi.feedback_rounding(problem, target, factors)
     gram = problem.gram
     # Columns of much energy first (GPTQ's "act-order"): later ones absorb their errors.
     order = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
-    upper = _feedback_factor(gram[:, order][:, :, order])
-    left = _by_column(target)[order]
+    upper = inverse_factor(gram[:, order][:, :, order])
+    left = by_column(target)[order]
     columns, sequence = _Columns(factors), order.tolist()
     found = torch.empty(left.shape, dtype=torch.int64, device=left.device)
     for start in range(0, len(sequence), BLOCK):
@@ -200,32 +125,23 @@ def feedback_rounding(problem: Quadratic, target: Tensor, factors: Factors) -> F
     return replace(factors, codes=columns.codes(found))
 
 
-def _feedback_factor(gram: Tensor) -> Tensor:
-    """(groups, n, n) upper triangular U with U^T U the inverse of the Gram matrix, float32.
-
-    It is the inverse of the Cholesky factor of the matrix with both axes reversed: cheaper than to
-    invert the matrix and to factor the inverse.
-    """
-    reverse = gram.flip(1, 2)
-    factor, failed = torch.linalg.cholesky_ex(reverse)
-    if bool(failed.any()):  # too ill-conditioned for float32
-        factor = torch.linalg.cholesky(reverse.double())
-    unit = torch.eye(gram.shape[-1], dtype=factor.dtype, device=gram.device).expand_as(factor)
-    return torch.linalg.solve_triangular(factor, unit, upper=False).flip(1, 2).float()
-
-
 def coordinate_descent(problem: Quadratic, factors: Factors, sweeps: int) -> Factors:
-    """Set each code to its best value with all others fixed, cyclically; never raises the loss."""
+    """Set each code to its best value with all others fixed, cyclically; never raises the loss.
+
+    With memory codes of some columns at a time (`viterbi`).
+    """
+    if factors.memory:
+        return viterbi.coordinate_descent(problem, factors, sweeps)
     gram, columns = problem.gram, _Columns(factors)
     diagonal = gram.diagonal(dim1=-2, dim2=-1).T[..., None]  # n, groups, 1
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-30), 0.0)
-    weight = _by_column(factors.weight())
+    weight = by_column(factors.weight())
     # A tie or rounding noise is no reason to move.
     margin = 1e-6 * columns.divisor.abs()
     found, n = columns.places(factors), len(weight)
     for _ in range(sweeps):
         # Half the gradient, computed afresh in each sweep so that rounding errors do not pile up.
-        slope = _by_column(weight.permute(1, 2, 0) @ gram - problem.cross)
+        slope = by_column(weight.permute(1, 2, 0) @ gram - problem.cross)
         changed = False
         for start in range(0, n, BLOCK):
             stop = min(start + BLOCK, n)
@@ -327,7 +243,7 @@ def _least_squares(
     return values.to(start.dtype)
 
 
-def cluster_rows(problem: Quadratic, target: Tensor, factors: Factors, steps: int = 12) -> Factors:
+def cluster_rows(problem: Quadratic, target: Tensor, factors: Factors) -> Factors:
     """Start again with a scale for each row: weighted k-means of the target's normalised rows.
 
     Every weight counts by its diagonal curvature. Scales of groups are normalised likewise, so all
@@ -355,15 +271,16 @@ def cluster_rows(problem: Quadratic, target: Tensor, factors: Factors, steps: in
     importance = (diagonal * problem.weights[..., None] * factors.multiplier().square()).expand(
         target.shape
     )
-    for _ in range(steps):
-        factors = replace(factors, codes=nearest_codes(factors, values))
+    for _ in range(FEW_STEPS if factors.memory else CLUSTER_STEPS):
+        factors = replace(factors, codes=nearest_codes(factors, values, importance))
         flat = factors.entries().view(-1)
         zeros = torch.zeros(entries.numel(), dtype=torch.float64, device=values.device)
         mass = zeros.index_add(0, flat, importance.double().reshape(-1))
         total = zeros.index_add(0, flat, (importance * values).double().reshape(-1))
         centres = torch.where(mass > 0, total / mass, factors.codebooks.double().view(-1))
-        factors = replace(factors, codebooks=centres.float().view(entries).sort(1).values)
-    return replace(factors, codes=nearest_codes(factors, values))
+        books = centres.float().view(entries)
+        factors = replace(factors, codebooks=books if factors.memory else books.sort(1).values)
+    return replace(factors, codes=nearest_codes(factors, values, importance))
 
 
 def _group_rms(values: Tensor, index: Tensor, groups: int) -> Tensor:
@@ -413,8 +330,3 @@ def improve(
         if curve[-1] < least:
             best, least = factors, curve[-1]
     return coordinate_descent(problem, best.rounded(), 1), curve
-
-
-def _by_column(values: Tensor | None) -> Tensor | None:
-    """(groups, rows, n) to a contiguous (n, groups, rows)."""
-    return None if values is None else values.permute(2, 0, 1).contiguous()

@@ -19,6 +19,7 @@ from jlcm.layers import STORE, HalfTensor, Stored, stored_tensors
 from jlcm.packed import PackedWeight, group_sizes
 from jlcm.packing import pack
 from jlcm.rotation import rotate, unrotate
+from jlcm.trellis import index_of
 
 #: Gradient steps of a zero vector (biases that start at 0) are taken in this unit.
 LEAST_UNIT = 1e-2
@@ -36,7 +37,8 @@ class TrainableWeight(nn.Module):
     """Stands in for a `PackedWeight`: decodes with gradients.
 
     Attributes:
-        codebooks: (groups, codewords) float32 parameter, each row ascending.
+        codebooks: (groups, codewords) float32 parameter, each row ascending unless the weight
+            has memory.
         scales: (groups,) float32 parameter, or None.
         latent: (N,) float32 parameter in the unit of the codewords, or None where the codes are
             fixed. A weight's code is the codeword nearest to its latent value; the gradient of the
@@ -51,7 +53,7 @@ class TrainableWeight(nn.Module):
             packed: the weight.
             original: the full-precision weight, or None. A latent value starts at the original
                 weight if that is nearest to the weight's codeword, else at the codeword.
-            codes: whether the codes are learned.
+            codes: whether the codes are learned; those of a trellis are not.
         """
         super().__init__()
         self.shape, self.rows, self.dtype = packed.shape, packed.rows, packed.dtype
@@ -60,6 +62,7 @@ class TrainableWeight(nn.Module):
         has_scales = packed.scales is not None
         self.scales = nn.Parameter(packed.scales.float()) if has_scales else None
         self.latent = None
+        self.memory = packed.memory
         self.register_buffer("codes", packed.unpack_codes())
         self.register_buffer("order", packed.row_order())
         group, books = packed.codebook_index(), packed.codebooks.shape[0]
@@ -72,12 +75,15 @@ class TrainableWeight(nn.Module):
         self.register_buffer("by_group", group.argsort(stable=True) if tiled else None)
         sizes = group_sizes(packed.count, packed.scales.numel()) if has_scales else None
         self.register_buffer("scale_sizes", sizes)
-        if codes:
+        if codes and not self.memory:
             self.latent = nn.Parameter(self._initial_latent(packed, original))
 
     def forward(self) -> Tensor:
         """Decode: `shape` tensor of `dtype`."""
-        index = self.codes.int()
+        if self.memory:
+            index = index_of(self.codes.view(self.rows, -1), self.bits, self.memory).view(-1)
+        else:
+            index = self.codes.int()
         if self.group is not None:
             index += self.group * self.codebooks.shape[1]
         values = _Decode.apply(self.codebooks, self.scales, self.latent, index, self.scale_sizes)
@@ -91,7 +97,8 @@ class TrainableWeight(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """After a step: keep codebooks ascending, and move codes to the nearest codewords."""
-        self.codebooks.copy_(self.codebooks.cummax(1).values)
+        if not self.memory:
+            self.codebooks.copy_(self.codebooks.cummax(1).values)
         if self.latent is not None:
             self.codes = self._nearest(self.latent, self.codebooks)
 

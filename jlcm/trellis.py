@@ -1,0 +1,171 @@
+"""Trellis-coded weights: a codeword is chosen by a weight's code together with those before it.
+
+With m bits of memory the index of a weight's codeword is its own code of b bits below the last m
+bits of the codes before it in the row (zeros at its start), so that a codebook of 2**(b + m)
+codewords serves codes of b bits. Neighbours share bits, and not every sequence of codewords can be
+written; the best one that can is found by dynamic programming (Viterbi). Normal values are served
+with a fourth to a third less squared error than by b bits alone (trellis-coded quantisation:
+Marcellin and Fischer, 1990; for language models Tseng et al., "QTIP: quantization with trellises
+and incoherence processing", 2024, whose index is the same shift register).
+"""
+
+import torch
+from torch import Tensor
+
+#: Bits of an index into a codebook, of the code and the memory together, as far as bytes allow.
+INDEX_BITS = 8
+#: Rows of fewer values spend too many of their codes at the zeros before the row.
+LEAST_COLUMNS = 16
+#: Columns whose codes are decided at a time, and those after them that have a say in it.
+DECIDED, AHEAD = 64, 24
+#: Sequences at a time: their costs stay in the processor's cache.
+_CHUNK = 128
+#: A codebook is clustered on so many values at the most, in so many rounds.
+_SAMPLED, _ROUNDS = 2**15, 8
+
+
+def index_of(codes: Tensor, bits: int, memory: int) -> Tensor:
+    """Index of each weight's codeword.
+
+    Args:
+        codes: (rows, n) uint8 below 2**bits.
+        bits: of a code.
+        memory: bits of the codes before it that count.
+
+    Returns:
+        (rows, n) int32.
+    """
+    codes = codes if bits + memory <= 8 else codes.int()
+    index = codes.clone()
+    for back in range(1, reach(bits, memory) + 1):
+        index[:, back:] |= codes[:, :-back] << (back * bits)
+    return index.int() & (2 ** (bits + memory) - 1)
+
+
+def reach(bits: int, memory: int) -> int:
+    """How many weights after it a code has a say in."""
+    return -(-memory // bits)
+
+
+def best_path(
+    values: Tensor,
+    codebook: Tensor,
+    *,
+    memory: int,
+    weights: Tensor | None = None,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Indices of least weighted squared error among those that codes can write (Viterbi).
+
+    Args:
+        values: (n, sequences) float32, to be met by codewords.
+        codebook: (2**(bits + memory),) float32.
+        memory: bits of memory.
+        weights: (n, sequences) non-negative, of the squared errors; None for equal ones.
+        before: (sequences,) index of the value before the first; None for zeros.
+        after: (k, sequences) codes that the last k values keep; None for none.
+
+    Returns:
+        (n, sequences) int64 indices.
+    """
+    n, count = values.shape
+    size, kept = codebook.numel(), 2**memory  # indices, and what of one the next remembers
+    codes = size // kept
+    shift = codes.bit_length() - 1
+    found = torch.empty(n, count, dtype=torch.int64, device=values.device)
+    # Two indices before (the first axis of `costs`) lead to the same codes: low bits are kept.
+    square, linear = codebook.square().view(kept, codes, 1), (-2 * codebook).view(kept, codes, 1)
+    code = torch.arange(codes, device=values.device)[None, :, None]
+    for start in range(0, count, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        goal = values[:, part].contiguous()
+        weight = None if weights is None else weights[:, part].contiguous()
+        chunk = goal.shape[1]
+        place = torch.arange(chunk, device=values.device)
+        costs = values.new_empty(n + 1, size, chunk)
+        costs[0] = float("inf")
+        costs[0, 0 if before is None else before[part], place] = 0
+        for t in range(n):
+            least = costs[t].view(codes, kept, chunk).amin(0)[:, None]
+            cost = costs[t + 1].view(kept, codes, chunk)
+            # (value - codeword)**2 less value**2, which is the same for all.
+            if weight is None:
+                torch.add(least, square, out=cost).addcmul_(linear, goal[t])
+            else:
+                torch.addcmul(least, square, weight[t], out=cost)
+                cost.addcmul_(linear, goal[t] * weight[t])
+            if after is not None and t >= n - len(after):
+                cost.masked_fill_(code != after[t - n, part], float("inf"))
+        index = costs[n].argmin(0)
+        for t in reversed(range(n)):
+            found[t, part] = index
+            if t:
+                kept_bits = index >> shift
+                earlier = costs[t].view(codes, kept, chunk)[:, kept_bits, place].argmin(0)
+                index = earlier * kept + kept_bits
+    return found
+
+
+def quantise(values: Tensor, codebook: Tensor, memory: int, weights: Tensor | None) -> Tensor:
+    """Indices for whole rows, decided some columns at a time.
+
+    Args:
+        values: (n, rows) float32.
+        codebook: (2**(bits + memory),) float32.
+        memory: bits of memory.
+        weights: (n, rows) of the squared errors, None for equal ones.
+
+    Returns:
+        (n, rows) int64.
+    """
+    parts, before = [], None
+    for start in range(0, len(values), DECIDED):
+        part = slice(start, start + DECIDED + AHEAD)
+        path = best_path(
+            values[part],
+            codebook,
+            memory=memory,
+            weights=None if weights is None else weights[part],
+            before=before,
+        )[:DECIDED]
+        parts.append(path)
+        before = path[-1]
+    return torch.cat(parts)
+
+
+def cluster(
+    values: Tensor, importance: Tensor | None, *, bits: int, memory: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Find a codebook and codes: k-means in which sequences take the place of single values.
+
+    Args:
+        values: (rows, n) float32.
+        importance: (rows, n) of the squared errors, None for equal ones.
+        bits: of a code.
+        memory: bits of memory.
+        seed: of the order of the first codebook and of the sample that it is clustered on.
+
+    Returns:
+        Codebook (1, 2**(bits + memory)) float32 and codes (rows, n) uint8.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, n = values.shape
+    chosen = torch.randperm(rows, generator=generator)[: -(-_SAMPLED // n)]
+    columns = values.T.contiguous()
+    weights = None if importance is None else importance.T.contiguous()
+    sample = columns[:, chosen].contiguous()
+    counts = torch.ones_like(sample) if weights is None else weights[:, chosen].contiguous()
+    # Quantiles in random order: codewords that share a memory should lie far apart.
+    size = 2 ** (bits + memory)
+    quantiles = sample.flatten().sort().values
+    places = (torch.arange(size) + 0.5) / size * quantiles.numel()
+    codebook = quantiles[places.long()][torch.randperm(size, generator=generator)]
+    for _ in range(_ROUNDS):
+        index = quantise(sample, codebook, memory, counts).view(-1)
+        mass = index.bincount(counts.view(-1).double(), minlength=size)
+        total = index.bincount((counts * sample).view(-1).double(), minlength=size)
+        codebook = torch.where(mass > 0, total / mass.clamp(min=1e-300), codebook.double()).float()
+    codebook = codebook.half().float()  # as it is stored
+    codes = quantise(columns, codebook, memory, weights) & (2**bits - 1)
+    return codebook[None], codes.T.to(torch.uint8).contiguous()
