@@ -19,7 +19,9 @@ LEAST_COLUMNS = 16
 #: Columns whose codes are decided at a time, and those after them that have a say in it.
 DECIDED, AHEAD = 64, 24
 #: Sequences at a time: their costs stay in the processor's cache.
-_CHUNK = 128
+_CHUNK = 256
+#: Cost of what cannot be, far above that of what can.
+_NEVER = 1e30
 #: A codebook is clustered on so many values at the most, in so many rounds.
 _SAMPLED, _ROUNDS = 2**15, 8
 
@@ -70,40 +72,40 @@ def best_path(
         (n, sequences) int64 indices.
     """
     n, count = values.shape
-    size, kept = codebook.numel(), 2**memory  # indices, and what of one the next remembers
+    size, kept = codebook.numel(), 2**memory  # indices, and what the next one remembers of them
     codes = size // kept
-    shift = codes.bit_length() - 1
-    found = torch.empty(n, count, dtype=torch.int64, device=values.device)
-    # Two indices before (the first axis of `costs`) lead to the same codes: low bits are kept.
-    square, linear = codebook.square().view(kept, codes, 1), (-2 * codebook).view(kept, codes, 1)
-    code = torch.arange(codes, device=values.device)[None, :, None]
+    shift, device = codes.bit_length() - 1, values.device
+    found = torch.empty(n, count, dtype=torch.int64, device=device)
+    # (value - codeword)**2 less value**2, which is the same for all.
+    basis = torch.stack([codebook.square(), -2 * codebook], 1)
+    # Where the least cost comes from lies in its last bits: faster than to look for its place.
+    forgotten = torch.arange(codes, dtype=torch.int32, device=device)[:, None, None]
+    code = torch.arange(codes, device=device)[None, :, None]
     for start in range(0, count, _CHUNK):
         part = slice(start, start + _CHUNK)
-        goal = values[:, part].contiguous()
-        weight = None if weights is None else weights[:, part].contiguous()
+        goal = values[:, part]
+        weight = torch.ones_like(goal) if weights is None else weights[:, part]
+        factors = torch.stack([weight, weight * goal], 1)
         chunk = goal.shape[1]
-        place = torch.arange(chunk, device=values.device)
-        costs = values.new_empty(n + 1, size, chunk)
-        costs[0] = float("inf")
-        costs[0, 0 if before is None else before[part], place] = 0
+        cost = values.new_full((size, chunk), _NEVER)
+        cost[0 if before is None else before[part], torch.arange(chunk, device=device)] = 0
+        origins = torch.empty(n, kept, chunk, dtype=torch.int32, device=device)
         for t in range(n):
-            least = costs[t].view(codes, kept, chunk).amin(0)[:, None]
-            cost = costs[t + 1].view(kept, codes, chunk)
-            # (value - codeword)**2 less value**2, which is the same for all.
-            if weight is None:
-                torch.add(least, square, out=cost).addcmul_(linear, goal[t])
-            else:
-                torch.addcmul(least, square, weight[t], out=cost)
-                cost.addcmul_(linear, goal[t] * weight[t])
+            tagged = cost.view(torch.int32).view(codes, kept, chunk)
+            tagged &= ~(codes - 1)
+            tagged |= forgotten
+            least = tagged.view(torch.float32).amin(0)
+            torch.bitwise_and(least.view(torch.int32), codes - 1, out=origins[t])
+            cost = basis @ factors[t]
+            cost.view(kept, codes, chunk).add_(least[:, None])
             if after is not None and t >= n - len(after):
-                cost.masked_fill_(code != after[t - n, part], float("inf"))
-        index = costs[n].argmin(0)
+                other = code != after[t - n, part]
+                cost.view(kept, codes, chunk).masked_fill_(other, _NEVER)
+        index = cost.argmin(0)
         for t in reversed(range(n)):
             found[t, part] = index
-            if t:
-                kept_bits = index >> shift
-                earlier = costs[t].view(codes, kept, chunk)[:, kept_bits, place].argmin(0)
-                index = earlier * kept + kept_bits
+            kept_bits = index >> shift
+            index = origins[t].gather(0, kept_bits[None])[0] * kept + kept_bits
     return found
 
 
