@@ -309,10 +309,16 @@ def check_trellis(
     if encoding.kind != "trellis":
         return
     if learn is not None and learn.kind not in ("none", "lnq"):
-        raise Invalid(f"encoding=trellis: learn={learn.kind} moves codes one by one, take lnq")
+        raise Invalid(
+            f"learn={learn.kind} moves codes one by one, which encoding=trellis does not allow: "
+            "take learn=lnq, or encoding=multi_scale"
+        )
     for name, stage in (("blocks", blocks), ("distill", distill)):
         if stage is not None and stage.lr_codes:
-            raise Invalid(f"encoding=trellis: codes stay as they are, set lr_codes=0 of {name}")
+            raise Invalid(
+                f"{name} with lr_codes={stage.lr_codes} moves codes one by one, which "
+                "encoding=trellis does not allow: set lr_codes=0, or encoding=multi_scale"
+            )
 
 
 def check_model(model: nn.Module) -> None:

@@ -302,8 +302,8 @@ def test_distillation_moves_codewords_and_no_codes():
     ("options", "said"),
     [
         ({"learn": jlcm.Learn(kind="proximal")}, "learn=proximal moves codes one by one"),
-        ({"blocks": jlcm.Blocks(lr_codes=0.1)}, "lr_codes=0 of blocks"),
-        ({"distill": jlcm.Distill(lr_codes=0.1)}, "lr_codes=0 of distill"),
+        ({"blocks": jlcm.Blocks(lr_codes=0.1)}, "blocks with lr_codes=0.1 moves codes"),
+        ({"distill": jlcm.Distill(lr_codes=0.1)}, "distill with lr_codes=0.1 moves codes"),
     ],
 )
 def test_stages_that_move_codes_one_by_one_are_refused(options, said):
