@@ -13,7 +13,7 @@ from experiments.config import DigitsConfig, ImageListConfig, identity, register
 from experiments.options import AUTO_OUTLIERS, check_options, compressor, needs_calibration
 from experiments.overrides import check_overrides, one_line, valid_keys
 from experiments.runner import _memory_errors, choose_device
-from jlcm.config import ENCODINGS
+from jlcm.config import ENCODINGS, Invalid
 from jlcm.quantize import METHODS
 
 register()
@@ -39,6 +39,17 @@ def test_every_init_composes_and_is_valid(init):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_encoding_composes_and_is_valid(encoding):
     assert options_of(f"encoding={encoding}")["encoding"].kind == encoding
+
+
+@pytest.mark.parametrize("model", ["smollm2_135m", "llama7b", "hf"])
+def test_language_models_choose_their_data_and_encoding(model):
+    chosen = f"model={model}", "model.name=folder"
+    assert composed(*chosen).data.kind == "commonsense"
+    assert options_of(*chosen)["encoding"].kind == "trellis"
+    assert options_of(*chosen, "encoding=tiles")["encoding"].kind == "tiles"
+    with pytest.raises(Invalid, match="learn=proximal moves codes .* encoding=multi_scale"):
+        options_of(*chosen, "learn=proximal")
+    options_of(*chosen, "learn=proximal", "encoding=multi_scale")
 
 
 def test_groups_become_their_dataclasses():
