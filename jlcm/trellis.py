@@ -18,8 +18,8 @@ INDEX_BITS = 8
 LEAST_COLUMNS = 16
 #: Columns whose codes are decided at a time, and those after them that have a say in it.
 DECIDED, AHEAD = 64, 24
-#: Sequences at a time: their costs stay in the processor's cache.
-_CHUNK = 256
+#: Sequences at a time: on a CPU their costs stay in its cache.
+_CHUNK, _CHUNK_ON_GPU = 256, 2**16
 #: Cost of what cannot be, far above that of what can.
 _NEVER = 1e30
 #: A codebook is clustered on so many values at the most, in so many rounds.
@@ -81,8 +81,9 @@ def best_path(
     # Where the least cost comes from lies in its last bits: faster than to look for its place.
     forgotten = torch.arange(codes, dtype=torch.int32, device=device)[:, None, None]
     code = torch.arange(codes, device=device)[None, :, None]
-    for start in range(0, count, _CHUNK):
-        part = slice(start, start + _CHUNK)
+    together = _CHUNK_ON_GPU if values.is_cuda else _CHUNK
+    for start in range(0, count, together):
+        part = slice(start, start + together)
         goal = values[:, part]
         weight = torch.ones_like(goal) if weights is None else weights[:, part]
         factors = torch.stack([weight, weight * goal], 1)

@@ -75,6 +75,18 @@ def test_paths_are_the_best_of_all(bits, memory, bound):
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_paths_on_a_gpu():
+    given_ = random(40, 700), random(256, seed=1), random(40, 700, seed=2).square()
+    errors = []
+    for device in ("cpu", "cuda"):
+        values, codebook, weights = (part.to(device) for part in given_)
+        path = best_path(values, codebook, memory=5, weights=weights)
+        errors.append(float(((codebook[path] - values).square() * weights).sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
 def test_rows_in_parts_are_nearly_as_good_as_whole():
     values, codebook = random(200, 20), random(256, seed=1)
     whole = best_path(values, codebook, memory=5)
