@@ -299,6 +299,16 @@ def test_all_stages_and_the_file(tmp_path):
     assert jlcm.footprint(path).codebooks == jlcm.footprint(packed).codebooks
 
 
+def test_outliers_on_top(tmp_path):
+    model, inputs = network(), random(100, 48)
+    packed = jlcm.compress(model, alpha=3.9, encoding="trellis", outliers=0.05, progress=False)
+    footprint = jlcm.footprint(packed)
+    assert footprint.outliers > 0 and footprint.alpha_layers >= 3.9
+    path = jlcm.save(packed, tmp_path / "packed.safetensors")
+    again = jlcm.load(path, model=copy.deepcopy(model))
+    assert torch.equal(again(inputs), packed(inputs))
+
+
 def test_distillation_moves_codewords_and_no_codes():
     model, inputs = network(), random(200, 48)
     packed = jlcm.compress(model, alpha=5.33, encoding="trellis", progress=False)
