@@ -58,7 +58,8 @@ class Distill:
         epochs: passes over the training part of the calibration inputs, 0 to leave the stage out.
         batch_size: inputs of a step; None for 32, or for 4 sequences of token ids.
         lr: peak learning rate of codebooks and scales, relative to their root mean square; None for
-            4e-4, or 5e-3 for sequences of token ids, which have fewer steps.
+            4e-4, or 5e-3 for sequences of token ids, which have fewer steps. Codebooks of a trellis
+            with m bits of memory have 2**(-m / 2) of it.
         lr_vectors: of biases and norms, relative to their root mean square.
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
             runs on a ResNet-18, moving them from the start was worse than keeping them.

@@ -104,7 +104,8 @@ class TrainableWeight(nn.Module):
 
     def units(self) -> Iterator[tuple[str, nn.Parameter, float]]:
         """Each parameter with its kind and the unit that its learning rate is relative to."""
-        yield "codebooks", self.codebooks, _rms(self.codebooks)
+        # With memory a codeword serves fewer weights: its gradient is as much noisier.
+        yield "codebooks", self.codebooks, _rms(self.codebooks) / 2 ** (self.memory / 2)
         if self.scales is not None:
             yield "scales", self.scales, _rms(self.scales)
         if self.latent is not None:
