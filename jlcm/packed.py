@@ -252,11 +252,8 @@ class PackedWeight(StoredWeight):
 
     def codeword_index(self) -> Tensor:
         """(N,) int32 index of each weight's codeword in all codebooks written in a row."""
-        codes = self.unpack_codes()
-        if self.memory:
-            index = index_of(codes.view(self.rows, -1), self.bits, self.memory).view(-1)
-        else:
-            index = codes.int()
+        codes = self.unpack_codes().view(self.rows, -1)
+        index = index_of(codes, self.bits, self.memory).view(-1)
         codebook = self.codebook_index()
         if codebook is not None:
             index += (codebook * self.codebooks.shape[1]).int()

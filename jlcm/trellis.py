@@ -32,11 +32,13 @@ def index_of(codes: Tensor, bits: int, memory: int) -> Tensor:
     Args:
         codes: (rows, n) uint8 below 2**bits.
         bits: of a code.
-        memory: bits of the codes before it that count.
+        memory: bits of the codes before it that count; without any the index is the code.
 
     Returns:
         (rows, n) int32.
     """
+    if not memory:
+        return codes.int()
     codes = codes if bits + memory <= 8 else codes.int()
     index = codes.clone()
     for back in range(1, reach(bits, memory) + 1):

@@ -88,9 +88,7 @@ def unpack_factors(packed: PackedWeight, groups: int) -> Factors:
         count = packed.scales.numel()
         position = torch.arange(packed.count, device=packed.codes.device)
         scale = position * count // packed.count
-    codes = packed.unpack_codes()
-    if packed.memory:
-        codes = index_of(codes.view(rows, -1), packed.bits, packed.memory)
+    codes = index_of(packed.unpack_codes().view(rows, -1), packed.bits, packed.memory)
     return Factors(
         codes=natural(codes.long()),
         codebooks=packed.codebooks.float(),

@@ -80,10 +80,7 @@ class TrainableWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Decode: `shape` tensor of `dtype`."""
-        if self.memory:
-            index = index_of(self.codes.view(self.rows, -1), self.bits, self.memory).view(-1)
-        else:
-            index = self.codes.int()
+        index = index_of(self.codes.view(self.rows, -1), self.bits, self.memory).view(-1)
         if self.group is not None:
             index += self.group * self.codebooks.shape[1]
         values = _Decode.apply(self.codebooks, self.scales, self.latent, index, self.scale_sizes)
