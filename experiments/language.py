@@ -17,6 +17,7 @@ from experiments.models.language import (
 from experiments.subject import original_path
 from jlcm.config import Invalid, check_choice
 from jlcm.files import replacing
+from jlcm.learning.forward import PRECISIONS
 from jlcm.locks import once
 
 EMBEDDINGS = ("fp16", "compressed")
@@ -31,7 +32,7 @@ def check_language(config: Config) -> None:
     check_language_model(config.model)
     check_choice("model.embeddings", config.model.embeddings, EMBEDDINGS)
     check_text(config.data)
-    check_choice("data.precision", config.data.precision, ("fp32", "bf16"))
+    check_choice("data.precision", config.data.precision, PRECISIONS)
     check_commonsense(config.data.tasks)
     if config.encoding.first_last != "same":
         raise Invalid("encoding.first_last=int8 is a convention for networks of images")

