@@ -6,7 +6,7 @@ unlabelled inputs. SqueezeLLM (Kim et al., 2024) weights its k-means by the same
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from jlcm.learning.forward import (
     divergence,
     logits_of,
     outputs_of,
-    precision,
+    running,
     to_device,
 )
 from jlcm.learning.products import Product, noting_calls, watching_products
@@ -194,17 +194,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(value)
 
 
-def _running(x: Tensor, device: torch.device) -> AbstractContextManager:
-    """Precision of forwards: sequences of tokens are long, and their sums forgive some rounding."""
-    return precision("fp32" if x.is_floating_point() else "auto", device)
-
-
 @torch.enable_grad()
 def _log_likelihood(
     model: nn.Module, x: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     """Of labels that are drawn from the network's own output distribution, summed up."""
-    with _running(x, device):
+    with running(x, device):
         logits = logits_of(model(to_device(x, device)), "the network").float()
     if not logits.isfinite().all():
         raise ValueError("outputs on the calibration inputs contain NaN or Inf")
@@ -261,7 +256,7 @@ def estimate_distortions(
     owners = {name.rpartition(".")[0] for name in weights}
     with (
         recorded_layers(model) as states,
-        _running(x, device),
+        running(x, device),
         noting_calls(model, owners) as calls,
     ):
         target = outputs_of(model, x, device, "the network")
@@ -280,7 +275,7 @@ def estimate_distortions(
             if bits <= MEASURED_BITS:
                 weight.data.copy_(coded)
                 try:
-                    with skipped_layers(model, states, name), _running(x, device):
+                    with skipped_layers(model, states, name), running(x, device):
                         output = outputs_of(model, x, device, "the network")
                     measured = divergence(output, target, distribution=distribution_of(model))
                 finally:
@@ -387,7 +382,7 @@ def unexplained_parts(
     with watching_products(model, weights, see):
         for batch in batches:
             count = len(batch)
-            with _running(batch, batch.device):
+            with running(batch, batch.device):
                 model(batch)
     return {name: sums[name].unexplained() if name in sums else 1.0 for name in weights}
 

@@ -21,7 +21,7 @@ LEAST_COLUMNS = 16
 #: Columns whose codes are decided at a time, and those after them that have a say in it.
 DECIDED, AHEAD = 64, 24
 #: Sequences at a time: on a CPU their costs stay in its cache.
-_CHUNK, _CHUNK_ON_GPU = 384, 2**16
+_CHUNK, _CHUNK_ON_GPU = 576, 2**16
 #: Cost of what cannot be, far above that of what can.
 _NEVER = 1e30
 #: A codebook is clustered on so many values at the most, in so many rounds.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import jlcm
 from jlcm.config import Invalid
 from jlcm.layers import stored_tensors
+from jlcm.learning.forward import running
 from jlcm.methods.awq import AWQ, clipped, rounded_with, search_scales
 from jlcm.methods.grid import join_groups, min_max
 from jlcm.methods.network import Network
@@ -70,7 +71,7 @@ def test_scales_are_the_best_of_the_candidates(group):
     model, x = with_large_channels(llama()), tokens(8)
     options, bits, size = AWQ(group=group), 3, group or 100
     weights = {n: p for n, p in model.named_parameters() if n.endswith("proj.weight")}
-    network = Network(model, weights, dict.fromkeys(weights, bits), 5.33, progress=False)
+    network = Network(model, weights, dict.fromkeys(weights, bits), 5.33, calibration=x)
     scalings = find_scalings(model, {}, x)
     units = [list(scaling.consumers) for scaling in scalings]
     moved = 0
@@ -103,8 +104,10 @@ def test_scales_are_the_best_of_the_candidates(group):
                         weight = twin.get_parameter(consumer)
                         weight.copy_(plain_rounding(weight * factors, bits, size) / factors)
                     args, kwargs = caught[0]
-                    output = twin.get_submodule(block)(*args, **kwargs)
-                    outputs.append(output[0] if isinstance(output, tuple) else output)
+                    with running(x, torch.device("cpu")):
+                        output = twin.get_submodule(block)(*args, **kwargs)
+                    output = output[0] if isinstance(output, tuple) else output
+                    outputs.append(output.float())
                 errors.append((float((outputs[0] - outputs[1]).square().sum()), factors))
             best, expected = min(errors, key=lambda pair: pair[0])
             found = search_scales(network, scaling, seen, options)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -236,6 +236,11 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
             if device.type == "cpu":
                 stack.enter_context(DepthwiseGradients())
         yield
+
+
+def running(x: Tensor, device: torch.device) -> AbstractContextManager:
+    """Precision of forwards: sequences of tokens are long, and their sums forgive some rounding."""
+    return precision("fp32" if x.is_floating_point() else "auto", device)
 
 
 class DepthwiseGradients(TorchFunctionMode):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jlcm.config import Invalid
 from jlcm.learning.calibration import split_inputs
-from jlcm.learning.forward import split_sequences, to_device
+from jlcm.learning.forward import running, split_sequences, to_device
 from jlcm.methods.grid import Grid, group_size, join_groups, split_groups
 from jlcm.methods.network import Network
 from jlcm.methods.observe import Observation, observe, stages
@@ -283,7 +283,8 @@ def _output_error(
 
     def outputs() -> Iterator[Tensor]:
         for args, kwargs in seen.calls[scaling.block]:
-            output = block(*args, **kwargs)
+            with running(network.calibration[0], network.device):
+                output = block(*args, **kwargs)
             yield (output[0] if isinstance(output, tuple) else output).float()
 
     goal = list(outputs())
