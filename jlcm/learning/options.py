@@ -46,7 +46,8 @@ class Learn:
             the reference's output (Eq. 5), 0 at what the reference's weight makes of the inputs
             given; None lets the held-out inputs choose, up to a half. lnq or start=least_squares
             only.
-        rounds: outer rounds of lnq, each codes then codebooks, scales and row scales.
+        rounds: outer rounds of lnq, each codes then codebooks, scales and row scales. None is two,
+            and one with trellises, which leave next to nothing to a second.
         sweeps: coordinate-descent sweeps over all codes in a round.
         polish: sweeps after the gradient kinds.
         sign: "corrected" (towards the wanted codeword) or "printed" (Eq. 8 as printed, which
@@ -85,7 +86,7 @@ class Learn:
     activation: bool = False
     damping: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     correction: float | None = None
-    rounds: int = 2
+    rounds: int | None = None
     sweeps: int = 2
     polish: int = 3
     sign: str = "corrected"
@@ -125,7 +126,7 @@ class Learn:
             "rounds", "sweeps", "polish", "lr", "lr_codebook", "lambda_", "fidelity",
             "memory",
         ):  # fmt: skip
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise Invalid(f"{name}={getattr(self, name)} must not be negative")
         for name in ("iterations", "batch_size", "patience", "positions", "forward_batch"):
             if not getattr(self, name) >= 1:

@@ -230,7 +230,10 @@ def _fit(
         problem, damped, factors = _best_start(
             train, held, factors, target, problem, outside, options
         )
-        factors, curve = improve(damped, factors, rounds=options.rounds, sweeps=options.sweeps)
+        rounds = options.rounds
+        if rounds is None:
+            rounds = 1 if factors.memory else 2
+        factors, curve = improve(damped, factors, rounds=rounds, sweeps=options.sweeps)
     else:
         damped = problem.damped(target.original, options.damping[0])
     if options.kind == "lnq":

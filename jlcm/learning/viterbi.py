@@ -16,7 +16,7 @@ from jlcm.learning.objective import Quadratic, inverse_factor
 from jlcm.trellis import best_path, reach
 
 #: Columns rounded before their errors are fed forward, and those after them that have a say.
-DECIDED, AHEAD = 16, 16
+DECIDED, AHEAD = 32, 16
 #: Columns that are set anew at a time.
 BLOCK = 32
 
