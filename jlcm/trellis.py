@@ -165,7 +165,7 @@ def cluster(
     sample = columns[:, chosen].contiguous()
     counts = None if weights is None else weights[:, chosen].contiguous()
     # The same shares of the values lie below the codewords as of normal ones.
-    shares = torch.special.ndtr(normal_codebook(bits, memory))
+    shares = torch.special.ndtr(_normal_codebook(bits, memory))
     codebook = _refined(_quantiles(sample, shares), sample, memory, counts, _ROUNDS)
     codebook = codebook.half().float()  # as it is stored
     codes = quantise(columns, codebook, memory, weights) & (2**bits - 1)
@@ -173,7 +173,7 @@ def cluster(
 
 
 @lru_cache
-def normal_codebook(bits: int, memory: int) -> Tensor:
+def _normal_codebook(bits: int, memory: int) -> Tensor:
     """(2**(bits + memory),) float32 codebook for normal values of variance 1, unordered.
 
     Rows in a rotated basis are nearly normal, and it takes many rounds to find codewords that go
@@ -200,9 +200,11 @@ def _refined(
 ) -> Tensor:
     """Alternate the best sequences for values (n, rows) and the means of what a codeword serves."""
     size, counts = len(codebook), torch.ones_like(values) if weights is None else weights
+    products = (counts * values).view(-1).double()
+    counts = counts.view(-1).double()
     for _ in range(rounds):
         index = quantise(values, codebook, memory, weights).view(-1)
-        mass = index.bincount(counts.view(-1).double(), minlength=size)
-        total = index.bincount((counts * values).view(-1).double(), minlength=size)
+        mass = index.bincount(counts, minlength=size)
+        total = index.bincount(products, minlength=size)
         codebook = torch.where(mass > 0, total / mass.clamp(min=1e-300), codebook.double()).float()
     return codebook

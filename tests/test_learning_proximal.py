@@ -240,6 +240,7 @@ def test_every_option_ends_no_worse_than_its_start(options):
         {"warmup": 1.0},
         {"iterations": 0},
         {"lr": -1.0},
+        {"rounds": -1},
         {"damping": ()},
         {"correction": 1.5},
         {"beta": (20.0,)},

@@ -313,6 +313,18 @@ def test_all_stages_and_the_file(tmp_path):
     assert jlcm.footprint(path).codebooks == jlcm.footprint(packed).codebooks
 
 
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_one_round_suffices_where_there_is_memory(rounds):
+    learn = jlcm.Learn(statistics="none", rounds=rounds)
+    options = {"alpha": 5.33, "encoding": "trellis", "progress": False}
+    packed = jlcm.compress(network(), learn=learn, calibration=random(100, 48), **options)
+    memory = {name: getattr(held, "memory", 0) for name, held in stored_tensors(packed)}
+    assert min(memory[result.name] for result in packed.learning) == 0  # too small for any
+    assert max(memory[result.name] for result in packed.learning) > 0
+    for result in packed.learning:
+        assert len(result.curve) == (rounds or (1 if memory[result.name] else 2))
+
+
 def test_outliers_on_top(tmp_path):
     model, inputs = network(), random(100, 48)
     packed = jlcm.compress(model, alpha=3.9, encoding="trellis", outliers=0.05, progress=False)

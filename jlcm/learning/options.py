@@ -122,11 +122,8 @@ class Learn:
         check_choice("distance", self.distance, DISTANCES)
         check_choice("forward", self.forward, FORWARDS)
         check_choice("second_moment", self.second_moment, SECOND_MOMENTS)
-        for name in (
-            "rounds", "sweeps", "polish", "lr", "lr_codebook", "lambda_", "fidelity",
-            "memory",
-        ):  # fmt: skip
-            if not (getattr(self, name) or 0) >= 0:
+        for name in ("sweeps", "polish", "lr", "lr_codebook", "lambda_", "fidelity", "memory"):
+            if not getattr(self, name) >= 0:
                 raise Invalid(f"{name}={getattr(self, name)} must not be negative")
         for name in ("iterations", "batch_size", "patience", "positions", "forward_batch"):
             if not getattr(self, name) >= 1:
@@ -135,6 +132,8 @@ class Learn:
             raise Invalid("weighting=fisher knows no mirror images: leave out flip")
         if not self.damping or min(self.damping) < 0:
             raise Invalid(f"damping={self.damping} must be one or more ridges, none negative")
+        if self.rounds is not None and not self.rounds >= 0:
+            raise Invalid(f"rounds={self.rounds} must not be negative")
         if self.correction is not None and not 0 <= self.correction <= 1:
             raise Invalid(f"correction={self.correction} must lie between 0 and 1, or be None")
         if not 0 < self.held_out <= 0.5:
