@@ -31,13 +31,14 @@ from jlcm.rotation import rotate, rotate_squares, unrotate
 from jlcm.select import as_matrix
 
 #: Of `estimate_distortions`; what another one has kept is not read.
-VERSION = 2
+VERSION = 3
 #: Inputs that the estimate uses at most: sums over whole tensors settle long before.
 MOST_INPUTS = 256
 #: Inputs of a step. Few, because the square of a sum over many inputs varies more.
 STEP = 4
-#: Weights of a tensor that are clustered to estimate its error.
-MOST_WEIGHTS = 2**16
+#: Weights of a tensor that are clustered to estimate its error; rotated ones are nearly normal, so
+#: that fewer tell it.
+MOST_WEIGHTS, MOST_ROTATED = 2**16, 2**14
 #: Widths of a code that are clustered; each further bit quarters the error.
 CLUSTERED_BITS = 5
 #: Widths whose divergence is measured, because errors are too large to predict it.
@@ -429,7 +430,7 @@ def _clustered(weight: Tensor, importance: Tensor, bits: int, rotated: bool = Fa
     norms = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
     values = (rows / norms).reshape(-1)
     costs = (costs * norms.double().square()).reshape(-1)
-    step = -(-values.numel() // MOST_WEIGHTS)
+    step = -(-values.numel() // (MOST_ROTATED if rotated else MOST_WEIGHTS))
     shares = (costs / costs.mean().clamp(min=1e-300)).float()
     codebook, _ = cluster(
         values[::step].contiguous(),

@@ -20,8 +20,8 @@ INDEX_BITS = 8
 LEAST_COLUMNS = 16
 #: Columns whose codes are decided at a time, and those after them that have a say in it.
 DECIDED, AHEAD = 64, 24
-#: Sequences at a time: on a CPU their costs stay in its cache.
-_CHUNK, _CHUNK_ON_GPU = 576, 2**16
+#: Sequences at a time on a GPU.
+_CHUNK = 2**16
 #: Cost of what cannot be, far above that of what can.
 _NEVER = 1e30
 #: A codebook is clustered on so many values at the most, in so many rounds.
@@ -77,6 +77,22 @@ def best_path(
     Returns:
         (n, sequences) int64 indices.
     """
+    if values.device.type == "cpu":
+        from jlcm.trellis_kernel import best_path_on_cpu  # numba takes half a second to import
+
+        return best_path_on_cpu(values, codebook, memory, weights, before, after)
+    return best_path_of_tensors(values, codebook, memory, weights, before, after)
+
+
+def best_path_of_tensors(
+    values: Tensor,
+    codebook: Tensor,
+    memory: int,
+    weights: Tensor | None,
+    before: Tensor | None,
+    after: Tensor | None,
+) -> Tensor:
+    """As `best_path`, all sequences at a time, which suits GPUs."""
     n, count = values.shape
     size, kept = codebook.numel(), 2**memory  # indices, and what the next one remembers of them
     codes = size // kept
@@ -87,9 +103,8 @@ def best_path(
     # Where the least cost comes from lies in its last bits: faster than to look for its place.
     forgotten = torch.arange(codes, dtype=torch.int32, device=device)[:, None, None]
     code = torch.arange(codes, device=device)[None, :, None]
-    together = _CHUNK_ON_GPU if values.is_cuda else _CHUNK
-    for start in range(0, count, together):
-        part = slice(start, start + together)
+    for start in range(0, count, _CHUNK):
+        part = slice(start, start + _CHUNK)
         goal = values[:, part]
         weight = torch.ones_like(goal) if weights is None else weights[:, part]
         factors = torch.stack([weight, weight * goal], 1)

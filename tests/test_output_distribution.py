@@ -7,7 +7,7 @@ import torch
 from test_sensitivity import estimate, network, normal, weights_of
 
 from jlcm.learning import forward
-from jlcm.learning.forward import GAUSSIAN, distribution_of, divergence, divergences
+from jlcm.learning.forward import CATEGORICAL, GAUSSIAN, distribution_of, divergence, divergences
 
 
 def gaussian(model):
@@ -37,6 +37,18 @@ def test_divergences_of_16_bit_logits_are_summed_in_float32():
     output, target = (normal(4, 1000, seed=seed).bfloat16() for seed in (2, 3))
     expected = divergences(output.float(), target.float())
     torch.testing.assert_close(divergences(output, target), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("many", [0, 100])
+def test_labels_are_drawn_from_the_distribution(many, monkeypatch):
+    monkeypatch.setattr(forward, "_MANY_CLASSES", many)
+    shares = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.05, 0.25, 0.0])
+    logits = shares.log().expand(20_000, -1).clone().requires_grad_()
+    CATEGORICAL.drawn(logits, torch.Generator().manual_seed(0)).backward()
+    labels = (logits.grad + logits.softmax(-1)).argmax(1)  # the gradient is one-hot less shares
+    drawn = labels.bincount(minlength=7) / len(labels)
+    assert (drawn - shares).abs().max() < 4 * 0.5 / len(labels) ** 0.5
+    assert set(labels.tolist()) == {1, 3, 4, 5}
 
 
 def test_divergence_of_normal_distributions_is_that_of_torch():

@@ -21,7 +21,8 @@ from jlcm.learning.objective import Moments, quadratic
 from jlcm.learning.solver import coordinate_descent, feedback_rounding, improve, start
 from jlcm.packed import PackedWeight
 from jlcm.packing import packed_bytes
-from jlcm.trellis import best_path, cluster, index_of, quantise
+from jlcm.trellis import best_path, best_path_of_tensors, cluster, index_of, quantise
+from jlcm.trellis_kernel import best_path_on_cpu
 
 
 def random(*shape, seed=0):
@@ -47,7 +48,8 @@ def test_index_is_a_window_of_the_codes_bits(bits, memory, n, seed):
 
 @pytest.mark.parametrize(("bits", "memory"), [(1, 3), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("bound", ["free", "before", "after", "both"])
-def test_paths_are_the_best_of_all(bits, memory, bound):
+@pytest.mark.parametrize("search", [best_path_on_cpu, best_path_of_tensors])
+def test_paths_are_the_best_of_all(bits, memory, bound, search):
     n, count = 5, 7
     values, codebook = random(n, count), random(2 ** (bits + memory), seed=1)
     weights = random(n, count, seed=2).square()
@@ -56,7 +58,7 @@ def test_paths_are_the_best_of_all(bits, memory, bound):
     after = torch.randint(0, 2**bits, (2, count), generator=generator)
     before = before if bound in ("before", "both") else None
     after = after if bound in ("after", "both") else None
-    found = best_path(values, codebook, memory=memory, weights=weights, before=before, after=after)
+    found = search(values, codebook, memory, weights, before, after)
 
     every = torch.tensor(list(itertools.product(range(2**bits), repeat=n)))
     for sequence in range(count):
@@ -74,6 +76,19 @@ def test_paths_are_the_best_of_all(bits, memory, bound):
         assert torch.equal(path, index[cost.argmin()]) or float(own) == pytest.approx(
             float(cost.min()), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("count", [1, 600, 1500])
+def test_paths_are_the_same_in_several_threads(count):
+    values, codebook, weights = random(20, count), random(256, seed=1), random(20, count).square()
+    threads, paths = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            paths.append(best_path(values, codebook, memory=5, weights=weights))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(path, paths[0]) for path in paths)
 
 
 @pytest.mark.gpu

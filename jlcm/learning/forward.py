@@ -18,6 +18,8 @@ EVALUATION_BATCH = 64
 MOST_TOKENS = 2048
 #: Logits whose divergences are computed at once, so that what is between stays in the cache.
 _MOST_LOGITS = 2**21
+#: More classes than this are drawn from in a way that takes one random number for all of them.
+_MANY_CLASSES = 2**14
 
 
 def augment(
@@ -117,7 +119,12 @@ class _DivergencesOfLogits(torch.autograd.Function):
 
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
     shares = logits.detach().softmax(-1).cpu()
-    labels = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+    if shares.shape[1] > _MANY_CLASSES:
+        summed = shares.cumsum(1)
+        chosen = (1 - torch.rand(len(shares), 1, generator=generator)) * summed[:, -1:]
+        labels = torch.searchsorted(summed, chosen).to(logits.device)
+    else:
+        labels = torch.multinomial(shares, 1, generator=generator).to(logits.device)
     return logits.log_softmax(-1).gather(1, labels).sum()
 
 
