@@ -110,7 +110,7 @@ class CommonsenseConfig(DataConfig):
     calibration_length: int = 512  # tokens of a calibration sample
     calibration: str = "coqa"  # coqa or generated, where neither of the next two is given
     calibration_text: str | None = None  # UTF-8 file
-    distill_epochs: int = 3  # of learn=jlcm and distill: a text has many outputs to learn from
+    distill_epochs: int = 2  # of learn=jlcm and distill: a text has many outputs to learn from
     calibration_dataset: str | None = None  # of the hub: name or name:subset (allenai/c4:en)
 
 

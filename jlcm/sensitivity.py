@@ -51,7 +51,9 @@ ONE_BIT = 4.0
 #: Inputs that it is measured on.
 MEASURED_INPUTS = 32
 #: The same for sequences of token ids: tokens together, and of each sequence.
-MOST_TOKENS, MEASURED_TOKENS, MEASURED_LENGTH = 2**14, 256, 128
+MOST_TOKENS, MEASURED_TOKENS, MEASURED_LENGTH = 2**14, 128, 64
+#: Tokens that suffice where only sums over whole tensors count.
+SUMMED_TOKENS = 2**13
 #: Inputs of a neuron whose correlations are looked at.
 MOST_COLUMNS = 2048
 
@@ -61,20 +63,23 @@ def fisher_information(
     weights: dict[str, nn.Parameter],
     inputs: Sequence[Tensor] | Tensor,
     *,
+    tokens: int = MOST_TOKENS,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information of each weight, per input.
 
-    Labels are drawn from the network's own output distribution. Their gradients have mean zero, so
-    the square of a sum over several inputs is, in the mean, the sum of the squares.
+    Labels are drawn from the network's own output distribution (`OutputDistribution.drawn`). Their
+    gradients have mean zero, so the square of a sum over several inputs is, in the mean, the sum of
+    the squares.
 
     Args:
         model: returns logits (n, ..., classes), which count for each position, or means of normal
             distributions (`jlcm.learning.forward.distribution_of`).
         weights: parameters of the model by name.
         inputs: unlabelled calibration inputs (n, ...) or batches of them.
+        tokens: that it uses at the most, if the inputs are sequences of token ids.
         seed: of the labels.
         device: where it runs; the model stays there.
         progress: show a progress bar.
@@ -87,7 +92,7 @@ def fisher_information(
     """
     steps = _first(inputs, MOST_INPUTS, STEP)
     if not steps[0].is_floating_point():  # a sequence has as many outputs as tokens
-        steps = _first(inputs, max(MOST_TOKENS // steps[0][0].numel(), 1), 1)
+        steps = _first(inputs, max(tokens // steps[0][0].numel(), 1), 1)
     device = torch.device(device)
     model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -326,7 +331,9 @@ def distortions(
         path = None if kept is None else kept / "distortions.safetensors"
         if path is not None and path.exists():
             return {name: values.tolist() for name, values in read_part(path)[1].items()}
-        fisher = fisher or fisher_information(model, weights, inputs, **common)
+        fisher = fisher or fisher_information(
+            model, weights, inputs, tokens=SUMMED_TOKENS, **common
+        )
         found = estimate_distortions(
             model,
             weights,

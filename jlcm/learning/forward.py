@@ -18,7 +18,7 @@ EVALUATION_BATCH = 64
 MOST_TOKENS = 2048
 #: Logits whose divergences are computed at once, so that what is between stays in the cache.
 _MOST_LOGITS = 2**21
-#: More classes than this are drawn from in a way that takes one random number for all of them.
+#: For more classes than this random signs take the place of drawn labels.
 _MANY_CLASSES = 2**14
 
 
@@ -85,8 +85,9 @@ class OutputDistribution:
     Attributes:
         divergences: (rows,) float32 KL(target || output) of parameters (rows, size). No gradients
             reach the target, nor is there a second derivative.
-        drawn: log-likelihood of one label a row, drawn from the distribution itself, summed up. Its
-            gradient has mean zero, and the Fisher information as second moment.
+        drawn: random scalar whose gradient has mean zero and the Fisher information as second
+            moment: the log-likelihood of one label a row, drawn from the distribution itself, or a
+            product with random signs.
     """
 
     divergences: Callable[[Tensor, Tensor], Tensor]
@@ -118,13 +119,15 @@ class _DivergencesOfLogits(torch.autograd.Function):
 
 
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
-    shares = logits.detach().softmax(-1).cpu()
+    shares = logits.detach().softmax(-1)
     if shares.shape[1] > _MANY_CLASSES:
-        summed = shares.cumsum(1)
-        chosen = (1 - torch.rand(len(shares), 1, generator=generator)) * summed[:, -1:]
-        labels = torch.searchsorted(summed, chosen).to(logits.device)
-    else:
-        labels = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+        # A label's gradient is large where it is an unlikely one: few of them decide the estimate.
+        # Signs z have the same second moment: that of sqrt(p) z - p (sqrt(p) . z) is
+        # diag(p) - p p^T, too.
+        signs = torch.randint(0, 2, shares.shape, dtype=torch.int8, generator=generator)
+        parts = shares.sqrt().mul_(signs.to(logits.device).mul_(2).sub_(1))
+        return (logits * (parts - shares * parts.sum(-1, keepdim=True))).sum()
+    labels = torch.multinomial(shares.cpu(), 1, generator=generator).to(logits.device)
     return logits.log_softmax(-1).gather(1, labels).sum()
 
 
