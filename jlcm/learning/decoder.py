@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from jlcm.decoder import before_layers, decoder_layers
 from jlcm.hooks import replaced_forwards, stopping, watching
-from jlcm.learning.activations import Activations, State
+from jlcm.learning.activations import Activations, State, size_of
 from jlcm.learning.calibration import Calibration, Layer
 from jlcm.learning.forward import precision
 
+#: Where a state has the output of the reference's decoder layer, if it has run.
+_OUTPUT = "output"
 #: Tokens that suffice to see which modules run, and what they share.
 _FEW_TOKENS = 8
 
@@ -73,10 +75,11 @@ class DecoderCalibration(Calibration):
         if self._inputs is None or self._inputs[0] != first:
             found = Activations(self._kept.memory // 2, self._kept.folder)
             for number in range(len(self.inputs)):
-                states = self._kept.get(number)
-                found.put(
-                    number, tuple({0: self._input(m, first, number, states[m])} for m in range(2))
-                )
+                packed, reference = self._kept.get(number)
+                value = reference.get(first)
+                if value is None:
+                    value = self._input(1, first, number, reference)
+                found.put(number, ({0: self._input(0, first, number, packed)}, {0: value}))
             self._inputs = first, found
         module = self._modules[1][layer.module].to(self.device)
         dtype = module.weight.dtype  # autocast gives narrower ones
@@ -93,25 +96,46 @@ class DecoderCalibration(Calibration):
         return self._modules[model][f"{self._list}.{self._at}"]
 
     def _enter(self, index: int) -> None:
-        """Go to a decoder layer, and see which of its modules are given the same tensor."""
+        """Go to a decoder layer, and see which of its modules are given the same tensor.
+
+        Where memory suffices the reference runs through it just once: what its linear layers are
+        given is kept.
+        """
         self._at, self._inputs, self._leaders = index, None, {}
         if index == self._depth:
             return
-        seen: list[tuple[str, Any]] = []
         layer, prefix = self._layer(1).to(self.device), f"{self._list}.{index}"
+        seen: list[tuple[str, Any]] = []
+        wanted: State = {}
         with watching(layer, lambda name, args: seen.append((name, args and args[0]))):
             self._run_layer(1, 0, self._kept.get(0)[1][0][:1])
         for name, value in seen:
             first = next(other for other, held in seen if held is value)
             self._leaders.setdefault(f"{prefix}.{name}", f"{prefix}.{first}")
+            if isinstance(layer.get_submodule(name), nn.Linear) and isinstance(value, Tensor):
+                wanted[first] = value
+        if size_of((wanted, {})) * self.count > self._kept.memory // 2:
+            return
+
+        def keep(name: str, args: tuple) -> None:
+            if name in wanted:  # as it is now, because some networks go on to change it in place
+                found.setdefault(f"{prefix}.{name}", args[0].clone())
+
+        for number in range(len(self.inputs)):
+            packed, reference = self._kept.get(number)
+            found: State = {}
+            with watching(layer, keep):
+                found[_OUTPUT] = self._run_layer(1, number, reference[0])
+            self._kept.put(number, (packed, reference | found))
 
     def _advance(self) -> None:
         """Run the finished decoder layer in both networks and go to the next."""
         for number in range(len(self.inputs)):
-            states = self._kept.get(number)
-            self._kept.put(
-                number, tuple({0: self._run_layer(m, number, states[m][0])} for m in range(2))
-            )
+            packed, reference = self._kept.get(number)
+            output = reference.get(_OUTPUT)
+            if output is None:
+                output = self._run_layer(1, number, reference[0])
+            self._kept.put(number, ({0: self._run_layer(0, number, packed[0])}, {0: output}))
         self._layer(1).to(self._home)
         self._enter(self._at + 1)
 

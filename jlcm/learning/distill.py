@@ -247,7 +247,8 @@ class _Run:
             lr_codes=options.lr_codes,
         )
         self.epoch, self.history = 0, []
-        self.initial_loss = self.best_loss = self._held_out_losses().mean().item()
+        self.initial_losses = self._held_out_losses()
+        self.initial_loss = self.best_loss = self.initial_losses.mean().item()
         self.best, self.best_epoch = self.initial, 0
 
     def train(self, progress: bool, on_result: OnResult) -> DistillResult:
@@ -292,8 +293,6 @@ class _Run:
         return self._finish()
 
     def _finish(self) -> DistillResult:
-        _restore(self.packed, self.initial)
-        before = self._held_out_losses()
         _restore(self.packed, self.best)
         after = self._held_out_losses()
         loss = after.mean().item()
@@ -302,7 +301,7 @@ class _Run:
                 f"the network written back has a held-out loss of {loss:.6g}, "
                 f"{self.best_loss:.6g} was measured: its outputs are not reproducible"
             )
-        gains = before - after
+        gains = self.initial_losses - after
         if len(gains) > 1 and gains.mean() <= gains.std() / len(gains) ** 0.5:
             _restore(self.packed, self.initial)
             self.best_epoch, self.best_loss = 0, self.initial_loss
