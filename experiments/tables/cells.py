@@ -133,7 +133,8 @@ def _values(override) -> list[str]:
 def _without_seed(kept: dict[str, Any]) -> str:
     """Identity of a run but for its seed and the place of its data, which all of a table share."""
     kept = {key: value for key, value in kept.items() if key != "seed"}
-    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in DATA_PLACES}
+    apart = (*DATA_PLACES, "distill_epochs")  # learn.distill.epochs has these where they count
+    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in apart}
     if weights := kept["model"].get("weights"):
         kept["model"] = kept["model"] | {"weights": Path(weights).name}
     return json.dumps(kept, sort_keys=True, default=str)

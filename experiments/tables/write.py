@@ -11,6 +11,8 @@ from jlcm.files import replacing
 
 #: Digits after the point of the details.
 DIGITS = {"KL": 4, "true alpha": 2, "seconds": 0, "peak GB": 1}
+#: Runs that compress by a smaller part of the goal are not compared with others.
+REACHED = 0.95
 
 
 def label(key: str, value: str) -> str:
@@ -39,7 +41,8 @@ def wide(table: Table, tidy: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Returns:
         (texts, best) of equal shape: what stands in each cell, empty where nothing was run, and
-        whether it is the best of its column. The original network, if any, is the first line.
+        whether it is the best of its column, of ours among the runs that reached the goal. The
+        original network, if any, is the first line.
     """
     tidy = shown(table, tidy)
     texts, best = {}, {}
@@ -52,7 +55,8 @@ def wide(table: Table, tidy: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             best[*heading, name] = [False, *_best(column["paper"], measure)]
         numbers = pd.concat([pd.Series([column["original"].mean()]), column["ours"]])
         texts[*heading, "ours"] = _numbers(numbers, measure.digits)
-        best[*heading, "ours"] = [False, *_best(column["ours"], measure)]
+        compared = column["ours"].where(_reached(table, column))
+        best[*heading, "ours"] = [False, *_best(compared, measure)]
         if group[-1] != list(table.measures)[-1]:
             continue  # details belong to the run: once for all its measures
         for detail in table.details:
@@ -87,6 +91,13 @@ def _best(values: pd.Series, measure: Measure) -> list[bool]:
     return list(rounded == (rounded.max() if measure.better == "high" else rounded.min()))
 
 
+def _reached(table: Table, tidy: pd.DataFrame) -> pd.Series:
+    """Which runs are as small as asked; where nothing is known, they count as such."""
+    if "alpha" not in table.columns:
+        return pd.Series(True, index=tidy.index)
+    return ~(tidy["true alpha"] < REACHED * pd.to_numeric(tidy["alpha"]))
+
+
 def caption(table: Table, tidy: pd.DataFrame) -> str:
     """Title of a table, what all its columns share, and how much stands behind its numbers."""
     tidy = shown(table, tidy)
@@ -115,10 +126,18 @@ def footnotes(table: Table, tidy: pd.DataFrame) -> list[str]:
             found.setdefault(note, {})[name] = None
     found.pop("", None)
     lines = len(run[list(table.lines)].drop_duplicates())
-    return [
+    notes = [
         note if len(names) == lines > 1 else f"{'; '.join(names)}: {note}"
         for note, names in found.items()
     ]
+    larger = run[~_reached(table, run)]
+    if not larger.empty:
+        names = [
+            ", ".join(label(key, cell[key]) for key in (*table.lines, "alpha"))
+            for _, cell in larger.iterrows()
+        ]
+        notes.append(f"larger than asked, and not marked: {'; '.join(dict.fromkeys(names))}")
+    return notes
 
 
 def latex(name: str, table: Table, tidy: pd.DataFrame) -> str:
