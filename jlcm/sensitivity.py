@@ -131,8 +131,9 @@ def position_weights(
 ) -> dict[str, Tensor]:
     """How much errors at each position of a layer's output change the network's output.
 
-    It is the squared gradient of the log-likelihood of labels drawn from the network's own output
-    distribution, mean over the rows (GuidedQuant, Kim et al., 2025, with one group of rows).
+    It is the squared gradient of the log-likelihood under the network's own output distribution
+    (`OutputDistribution.drawn`), mean over the rows (GuidedQuant, Kim et al., 2025, with one group
+    of rows).
 
     Args:
         model: as for `fisher_information`.
@@ -204,7 +205,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _log_likelihood(
     model: nn.Module, x: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """Of labels that are drawn from the network's own output distribution, summed up."""
+    """`OutputDistribution.drawn` of the network's outputs."""
     with running(x, device):
         logits = logits_of(model(to_device(x, device)), "the network").float()
     if not logits.isfinite().all():

@@ -32,7 +32,11 @@ def record_of(cell, seed=0, top1=50.0, samples=360, **changes):
         "config": config,
         "original": {"top1": 90.0, "samples": samples},
         "packed": {"top1": top1, "top1_standard_error": 1.5, "samples": samples, "kl": 0.25},
-        "footprint": {"alpha_layers": 0.99 * config["alpha"], "alpha_total": 5.0, "file_bytes": 1234},
+        "footprint": {
+            "alpha_layers": 0.99 * config["alpha"],
+            "alpha_total": 5.0,
+            "file_bytes": 1234,
+        },
         "layers": [{"shape": [4, 5], "bits": 3}, {"shape": [20], "bits": 5}],
         "learning": [{"name": "a", "curve": [1.0, 0.5], "seconds": 2.0}],
         "seconds": {"compress": 12.0},
@@ -77,7 +81,11 @@ def test_seeds_are_averaged_and_other_runs_left_aside(digits):
     line = lines.loc[tuple(cell.keys.values())]
     assert (line["ours"], line["seeds"], line["samples"]) == (55.0, 2, 360)
     assert line["seed_std"] == pytest.approx(50**0.5) and line["standard_error"] == 1.5
-    assert line["original"] == 90.0 and line["true alpha"] == 0.99 * float(cell.keys["alpha"]) and line["peak GB"] == 2.0
+    assert (
+        line["original"] == 90.0
+        and line["true alpha"] == 0.99 * float(cell.keys["alpha"])
+        and line["peak GB"] == 2.0
+    )
     assert line["nominal alpha"] == 4.0  # 20 codes of 3 bits, 20 of 5
     assert line["status"] == "reduced scale" and pd.isna(line["difference"])
     assert line["runs"].split() == [record["run_id"] for record in records[:2]]

@@ -139,7 +139,7 @@ def kept_apart(matrix: Tensor, fisher: Tensor, options: SqueezeLLM) -> Tensor:
 def _describe(network: Network, options: SqueezeLLM, found: dict[str, StoredWeight]) -> None:
     """Note what the paper has otherwise, and what the goal does not allow."""
     network.notes += [
-        "labels for the Fisher information are drawn from the network's own outputs, on at most "
+        "the Fisher information is that of the network's own output distribution, on at most "
         f"{MOST_INPUTS} inputs or {MOST_TOKENS:,} tokens",
         "k-means is optimal, in place of 50 iterations from k-means++",
     ]
