@@ -36,7 +36,8 @@ def best_path_on_cpu(
     tensors = (weights, weights * values, codebook.square(), 2 * codebook, before, after, found)
     arrays = [tensor.contiguous().numpy() for tensor in tensors]
     bits = (len(codebook) >> memory).bit_length() - 1
-    each = -(-max(count // torch.get_num_threads(), _LEAST_IN_THREAD) // _SIDE_BY_SIDE)
+    share = max(-(-count // torch.get_num_threads()), _LEAST_IN_THREAD)
+    each = -(-share // _SIDE_BY_SIDE)
     starts = range(0, count, each * _SIDE_BY_SIDE)
 
     def search(start: int) -> None:
