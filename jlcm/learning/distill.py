@@ -58,7 +58,7 @@ class Distill:
         epochs: passes over the training part of the calibration inputs, 0 to leave the stage out.
         batch_size: inputs of a step; None for 32, or for 4 sequences of token ids.
         lr: peak learning rate of codebooks and scales, relative to their root mean square; None for
-            4e-4, or 5e-3 for sequences of token ids, which have fewer steps. Codebooks of a trellis
+            4e-4, or 1e-3 for sequences of token ids, which have fewer steps. Codebooks of a trellis
             with m bits of memory have 2**(-m / 2) of it.
         lr_vectors: of biases and norms, relative to their root mean square.
         lr_codes: of the latent values, in mean gaps between codewords; 0 keeps the codes. In short
@@ -230,7 +230,7 @@ class _Run:
         self.distribution = distribution_of(reference)
         sequences = not inputs.is_floating_point()
         self.batch_size = options.batch_size or (4 if sequences else 32)
-        self.lr = (5e-3 if sequences else 4e-4) if options.lr is None else options.lr
+        self.lr = (1e-3 if sequences else 4e-4) if options.lr is None else options.lr
         self.before_step = before_step or (lambda done: None)
         held, trained = _split(len(inputs), options.holdout)
         self.trained, self.held = trained, inputs[held]
