@@ -265,10 +265,13 @@ class PackedWeight(StoredWeight):
 
     def encoded_rows(self) -> Tensor:
         """(rows, columns) float32, decoded (Eq. 1, 2 and 4) but rotated if they were encoded so."""
-        values = self.codeword_per_weight()
-        scales = self.scale_per_weight()
-        if scales is not None:
-            values *= scales
+        if self.memory and self.codes.is_cpu:
+            values = self._decode_on_cpu()
+        else:
+            values = self.codeword_per_weight()
+            scales = self.scale_per_weight()
+            if scales is not None:
+                values *= scales
         values = values.view(self.rows, -1)
         order = self.row_order()
         if order is not None:
@@ -281,6 +284,19 @@ class PackedWeight(StoredWeight):
         if self.rotated:
             values = unrotate(values)
         return values.view(self.shape).to(self.dtype)
+
+    def _decode_on_cpu(self) -> Tensor:
+        """(N,) float32, scaled codewords of the re-ordered rows of a weight with memory."""
+        from jlcm.trellis_kernel import decode_on_cpu  # numba takes half a second to import
+
+        return decode_on_cpu(
+            self.codes,
+            self.codebooks.float().view(-1),
+            torch.ones(1) if self.scales is None else self.scales.float(),
+            rows=self.rows,
+            count=self.count,
+            bits=self.bits,
+        )
 
     def extra_repr(self) -> str:
         """Shape, bits and group counts, for printing."""

@@ -46,6 +46,53 @@ def test_index_is_a_window_of_the_codes_bits(bits, memory, n, seed):
     assert torch.equal(index_of(codes, bits, memory).long(), index_in_words(codes, bits, memory))
 
 
+@given(
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(0, 60),
+    st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_cpus_decode_as_other_devices_do(bits, memory, rows, columns, groups, seed):
+    generator, count = torch.Generator().manual_seed(seed), rows * columns
+    groups = min(groups, count)
+    stored = PackedWeight.encode(
+        torch.randint(0, 2**bits, (count,), generator=generator),
+        random(1, 2 ** (bits + memory), seed=seed),
+        shape=(rows, columns),
+        bits=bits,
+        memory=memory,
+        scales=random(groups, seed=seed) if groups else None,
+    )
+    expected = stored.codeword_per_weight()
+    if groups:
+        expected = expected * stored.scale_per_weight()
+    assert torch.equal(stored().flatten(), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_rows(threads):
+    generator = torch.Generator().manual_seed(0)
+    stored = PackedWeight.encode(
+        torch.randint(0, 8, (999 * 211,), generator=generator),
+        random(1, 2**7),
+        shape=(999, 211),
+        bits=3,
+        memory=4,
+        scales=random(321, seed=1),
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = stored()
+    finally:
+        torch.set_num_threads(before)
+    expected = stored.codeword_per_weight() * stored.scale_per_weight()
+    assert torch.equal(found.flatten(), expected)
+
+
 @pytest.mark.parametrize(("bits", "memory"), [(1, 3), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("bound", ["free", "before", "after", "both"])
 @pytest.mark.parametrize("search", [best_path_on_cpu, best_path_of_tensors])
