@@ -28,6 +28,9 @@ from jlcm.packing import order_bytes, pack, pack_order, packed_bytes, unpack, un
 from jlcm.rotation import unrotate
 from jlcm.trellis import index_of
 
+#: More threads of torch decode codes with memory faster than the one of `jlcm.trellis_kernel`.
+_MOST_THREADS = 4
+
 
 def group_sizes(count: int, groups: int) -> Tensor:
     """Lengths of flat groups: (groups,) int64, summing to `count`; none is empty."""
@@ -265,7 +268,7 @@ class PackedWeight(StoredWeight):
 
     def encoded_rows(self) -> Tensor:
         """(rows, columns) float32, decoded (Eq. 1, 2 and 4) but rotated if they were encoded so."""
-        if self.memory and self.codes.is_cpu:
+        if self.memory and self.codes.is_cpu and torch.get_num_threads() <= _MOST_THREADS:
             values = self._decode_on_cpu()
         else:
             values = self.codeword_per_weight()

@@ -2,10 +2,9 @@
 
 In the search a few sequences run side by side, so that their costs fill vector registers and stay
 in the nearest cache; decoding makes each weight in one pass over its codes. Both are several times
-as fast as operations on whole tensors, which GPUs prefer.
+as fast as a thread of torch with whole tensors, which GPUs prefer.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,8 +16,6 @@ from torch import Tensor
 _SIDE_BY_SIDE = 128
 #: Sequences that are worth a thread of their own.
 _LEAST_IN_THREAD = 4 * _SIDE_BY_SIDE
-#: Weights that are worth a thread of their own.
-_LEAST_DECODED = 2**16
 #: Cost of what cannot be, far above that of what can.
 _NEVER = np.float32(1e30)
 
@@ -47,14 +44,20 @@ def best_path_on_cpu(
     def search(start: int) -> None:
         _search(*arrays, bits, memory, start, min(start + starts.step, count))
 
-    _in_threads(search, starts)
+    if len(starts) == 1:
+        search(0)
+    else:
+        with ThreadPoolExecutor(len(starts)) as pool:
+            list(pool.map(search, starts))
     return found
 
 
 def decode_on_cpu(
     stream: Tensor, codebook: Tensor, scales: Tensor, *, rows: int, count: int, bits: int
 ) -> Tensor:
-    """Codewords of packed codes, times the scales, in as many threads as torch computes in.
+    """Codewords of packed codes, times the scales.
+
+    One thread does it: torch's, which wait for work in loops, would hinder any others.
 
     Args:
         stream: (packed_bytes(count, bits),) uint8, of rows of equal length one after another.
@@ -69,37 +72,18 @@ def decode_on_cpu(
     """
     values = torch.empty(count, dtype=torch.float32, device="cpu")
     arrays = [tensor.contiguous().numpy() for tensor in (stream, codebook, scales, values)]
-    columns = count // rows
-    share = max(-(-count // torch.get_num_threads()), _LEAST_DECODED)
-    starts = range(0, rows, -(-share // columns))
-
-    def decode(start: int) -> None:
-        _decode(*arrays, bits, columns, start, min(start + starts.step, rows))
-
-    _in_threads(decode, starts)
+    _decode(*arrays, bits, count // rows)
     return values
 
 
-def _in_threads(work: Callable[[int], None], starts: range) -> None:
-    if len(starts) == 1:
-        work(starts[0])
-    else:
-        with ThreadPoolExecutor(len(starts)) as pool:
-            list(pool.map(work, starts))
-
-
 @njit(nogil=True)
-def _decode(
-    stream, codebook, scales, values, bits, columns, first, last
-):  # pragma: no cover - compiled
+def _decode(stream, codebook, scales, values, bits, columns):  # pragma: no cover - compiled
     count, groups, width = len(values), len(scales), np.uint64(bits)
     code_mask, index_mask = np.uint64((1 << bits) - 1), np.uint64(len(codebook) - 1)
-    start, stop = first * columns, last * columns
-    # Bits that are read and not yet used, and how many.
-    byte, used = divmod(start * bits, 8)
-    waiting, held = np.uint64(stream[byte]) >> np.uint64(used), 8 - used
-    row_end, index = start, np.uint64(0)
-    while start < stop:
+    # Bits that are read and not yet used, and how many; bytes that are read.
+    waiting, held, read = np.uint64(0), 0, 0
+    start, row_end, index = 0, 0, np.uint64(0)
+    while start < count:
         if start == row_end:
             row_end, index = row_end + columns, np.uint64(0)
         group = start * groups // count
@@ -107,8 +91,8 @@ def _decode(
         scale = scales[group]
         for position in range(start, end):
             if held < bits:
-                byte += 1
-                waiting |= np.uint64(stream[byte]) << np.uint64(held)
+                waiting |= np.uint64(stream[read]) << np.uint64(held)
+                read += 1
                 held += 8
             index = (index << width | waiting & code_mask) & index_mask
             waiting >>= width

@@ -22,7 +22,7 @@ from jlcm.learning.solver import coordinate_descent, feedback_rounding, improve,
 from jlcm.packed import PackedWeight
 from jlcm.packing import packed_bytes
 from jlcm.trellis import best_path, best_path_of_tensors, cluster, index_of, quantise
-from jlcm.trellis_kernel import best_path_on_cpu
+from jlcm.trellis_kernel import best_path_on_cpu, decode_on_cpu
 
 
 def random(*shape, seed=0):
@@ -55,7 +55,7 @@ def test_index_is_a_window_of_the_codes_bits(bits, memory, n, seed):
     st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_cpus_decode_as_other_devices_do(bits, memory, rows, columns, groups, seed):
+def test_compiled_decoding_is_that_of_tensors(bits, memory, rows, columns, groups, seed):
     generator, count = torch.Generator().manual_seed(seed), rows * columns
     groups = min(groups, count)
     stored = PackedWeight.encode(
@@ -66,31 +66,12 @@ def test_cpus_decode_as_other_devices_do(bits, memory, rows, columns, groups, se
         memory=memory,
         scales=random(groups, seed=seed) if groups else None,
     )
-    expected = stored.codeword_per_weight()
+    expected, scales = stored.codeword_per_weight(), torch.ones(1)
     if groups:
-        expected = expected * stored.scale_per_weight()
-    assert torch.equal(stored().flatten(), expected)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_rows(threads):
-    generator = torch.Generator().manual_seed(0)
-    stored = PackedWeight.encode(
-        torch.randint(0, 8, (999 * 211,), generator=generator),
-        random(1, 2**7),
-        shape=(999, 211),
-        bits=3,
-        memory=4,
-        scales=random(321, seed=1),
-    )
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = stored()
-    finally:
-        torch.set_num_threads(before)
-    expected = stored.codeword_per_weight() * stored.scale_per_weight()
-    assert torch.equal(found.flatten(), expected)
+        expected, scales = expected * stored.scale_per_weight(), stored.scales.float()
+    codebook = stored.codebooks.float().view(-1)
+    found = decode_on_cpu(stored.codes, codebook, scales, rows=rows, count=count, bits=bits)
+    assert torch.equal(found, expected) and torch.equal(stored().flatten(), expected)
 
 
 @pytest.mark.parametrize(("bits", "memory"), [(1, 3), (2, 1), (2, 2), (2, 3)])
