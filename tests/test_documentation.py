@@ -99,7 +99,7 @@ def headlines():
         rows = [r for r in rows if r["ours"] and float(r["true alpha"]) > 0.95 * float(r["alpha"])]
         for alpha in sorted({row["alpha"] for row in rows}, key=float):
             cells = {r["method"]: r for r in rows if r["alpha"] == alpha}
-            if "jlcm" not in cells:
+            if not {"jlcm", "rtn"} <= cells.keys():
                 continue
             ours = cells["jlcm"]
             others = {m: float(r["ours"]) for m, r in cells.items() if not m.startswith("jlcm")}
