@@ -292,10 +292,11 @@ class PackedWeight(StoredWeight):
         """(N,) float32, scaled codewords of the re-ordered rows of a weight with memory."""
         from jlcm.trellis_kernel import decode_on_cpu  # numba takes half a second to import
 
+        codebook = self.codebooks.float().view(-1)
         return decode_on_cpu(
             self.codes,
-            self.codebooks.float().view(-1),
-            torch.ones(1) if self.scales is None else self.scales.float(),
+            codebook,
+            codebook.new_ones(1) if self.scales is None else self.scales.float(),
             rows=self.rows,
             count=self.count,
             bits=self.bits,

@@ -16,6 +16,7 @@ import torch
 from experiments.config import register
 from experiments.labels import LABELS
 from experiments.overrides import check_overrides
+from experiments.tables.write import REACHED
 
 register()
 
@@ -96,7 +97,9 @@ def headlines():
                 r for r in csv.DictReader(file) if (r["model"], r["measure"]) == (model, measure)
             ]
         # Runs that take more bytes than asked do not count, as in the tables.
-        rows = [r for r in rows if r["ours"] and float(r["true alpha"]) > 0.95 * float(r["alpha"])]
+        rows = [
+            r for r in rows if r["ours"] and float(r["true alpha"]) > REACHED * float(r["alpha"])
+        ]
         for alpha in sorted({row["alpha"] for row in rows}, key=float):
             cells = {r["method"]: r for r in rows if r["alpha"] == alpha}
             if not {"jlcm", "rtn"} <= cells.keys():
