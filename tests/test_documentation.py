@@ -114,7 +114,7 @@ def headlines():
                 f"{packed * float(ours['alpha total']):.2f} → {packed:.2f}",
                 f"{float(ours['original']):.1f}",
                 f"**{float(ours['ours']):.1f}**",
-                f"{others[best]:.1f} ({LABELS[best]})",
+                f"{others[best]:,.1f} ({LABELS[best]})",
                 f"{others['rtn']:,.1f}",
             ]
             yield f"| {' | '.join(shown)} |"
